@@ -1,0 +1,97 @@
+"""Layers without parameters: activations, pooling, channel padding, concatenation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.layers.signal import Signal, as_signal, state_of, through
+from kalman_flax.observe import observe
+from kalman_flax.predict import (
+    predict_avg_pool,
+    predict_concatenate,
+    predict_pad_channels,
+    predict_pointwise,
+    predict_relu,
+)
+
+
+def relu(x: Signal | jax.Array) -> Signal | jax.Array:
+    """max(x, 0); moments of a rectified Gaussian in closed form."""
+    return through(x, jax.nn.relu, predict_relu)
+
+
+def activation(
+    fn: Callable[[jax.Array], jax.Array], order: int = 32
+) -> Callable[[Any], Any]:
+    """Returns pointwise `fn` as a layer, e.g. ``activation(nn.gelu)(x)``.
+
+    The state moves by Gauss-Hermite quadrature with `order` nodes.
+    """
+    return lambda x: through(x, fn, lambda s: predict_pointwise(s, fn, order))
+
+
+def avg_pool(
+    x: Signal | jax.Array,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+    correlation: float = 1.0,
+) -> Signal | jax.Array:
+    """`nn.avg_pool` over the values inside the map (``count_include_pad=False``).
+
+    `correlation` is that of neighbouring positions, see `predict_avg_pool`.
+    """
+    pool = functools.partial(
+        nn.avg_pool,
+        window_shape=window_shape,
+        strides=strides,
+        padding=padding,
+        count_include_pad=False,
+    )
+    return through(x, pool, lambda s: predict_avg_pool(s, window_shape, correlation))
+
+
+def max_pool(
+    x: Signal | jax.Array,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+) -> Signal | jax.Array:
+    """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
+    state starts afresh: the observed moments of the pooled map, ``[C]``."""
+    pooled = nn.max_pool(as_signal(x).value, window_shape, strides, padding)
+    return Signal(pooled, observe(pooled)) if isinstance(x, Signal) else pooled
+
+
+def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:
+    """Mean over height and width, ``[..., H, W, C]`` to ``[..., C]``; ends the filter:
+    the variance of such a mean is that between images, of which the state says nothing.
+    """
+    pooled = jnp.mean(as_signal(x).value, axis=(-3, -2))
+    return Signal(pooled, None) if isinstance(x, Signal) else pooled
+
+
+def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax.Array:
+    """Adds channels of zeros, as the parameter-free shortcut of a CIFAR ResNet does."""
+
+    def pad(value: jax.Array) -> jax.Array:
+        return jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(before, after)])
+
+    return through(x, pad, lambda s: predict_pad_channels(s, before, after))
+
+
+def concatenate(xs: Sequence[Signal | jax.Array]) -> Signal | jax.Array:
+    """Joins along the channels; the state is known where those of all branches are."""
+    signals = [as_signal(x) for x in xs]
+    value = jnp.concatenate([s.value for s in signals], axis=-1)
+    if not any(isinstance(x, Signal) for x in xs):
+        return value
+    known = all(s.state is not None for s in signals)
+    states = [state_of(s) for s in signals] if known else None
+    return Signal(value, predict_concatenate(states) if known else None)

@@ -1,0 +1,216 @@
+"""Kalman Normalization as a Flax module that goes where `nn.BatchNorm` went."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.layers.signal import Signal, as_signal, state_of
+from kalman_flax.observe import observe
+from kalman_flax.state import KalmanState, check_choice
+from kalman_flax.update import (
+    RULES,
+    normalize,
+    normalized_state,
+    reject_outlier,
+    update,
+)
+
+
+class _Variables(NamedTuple):
+    gain: jax.Array | float  # q in [0, 1], scalar or [C]
+    predict_noise: Callable[[KalmanState], KalmanState]  # adds R to a prediction
+    scale: jax.Array | None  # gamma, [C]
+    bias: jax.Array | None  # beta, [C]
+    mean: nn.Variable  # running mean, [C]
+    var: nn.Variable  # running variance, [C]
+
+
+class KalmanNorm(nn.Module):
+    """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
+
+    On a Signal with a state: adds process noise R to the predicted variance, combines
+    prediction and micro-batch with the gain q (`update`), normalises by the result, and
+    hands on the state of what it put out. On a plain array, a Signal of unknown state,
+    or with gain 1 it is `nn.BatchNorm`, and it always is in inference.
+
+    Attributes are those of `nn.BatchNorm`, and so are the variables: parameters
+    ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered moments) in
+    ``batch_stats``, all ``[C]``. Besides:
+
+    Attributes:
+        gain: q, the weight of the observation in [0, 1]; the value learning starts
+            from when it is learned.
+        learn_gain: None (fixed), ``"scalar"`` (one per layer, as in the paper) or
+            ``"channel"``. Adds a parameter ``gain``, the logit of q.
+        noise: R: None, ``"additive"`` (Sigma_pred + R, R = softplus, from 0.01) or
+            ``"multiplicative"`` (Sigma_pred R, R = exp, from 1). Adds a parameter
+            ``noise`` ``[C]``.
+        rule: ``"mixture"`` or ``"paper"``, see `update`.
+        hand_on: ``"normalized"``: the moments of the output, which is what enters the
+            next layer; or ``"raw"``: the filtered moments of the input, Eq. 7 to the
+            letter.
+        outlier_ratio: None, or the limit of `reject_outlier`.
+        axis_name: share observed statistics over this mapped axis, as in
+            `nn.BatchNorm`; None normalises every device's micro-batch by itself.
+
+    Raises:
+        ValueError: a gain outside [0, 1], or outside (0, 1) where it is learned; an
+            unknown option; a state of another number of channels than the value.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    axis_name: str | None = None
+    gain: float = 0.1
+    learn_gain: str | None = "scalar"
+    noise: str | None = None
+    rule: str = "mixture"
+    hand_on: str = "normalized"
+    outlier_ratio: float | None = None
+
+    def __post_init__(self):
+        check_choice("learn_gain", self.learn_gain, (None, "scalar", "channel"))
+        check_choice("noise", self.noise, (None, "additive", "multiplicative"))
+        check_choice("rule", self.rule, RULES)
+        check_choice("hand_on", self.hand_on, ("normalized", "raw"))
+        if not 0.0 <= self.gain <= 1.0:
+            raise ValueError(f"gain is {self.gain}; expected a number in [0, 1].")
+        if self.learn_gain and self.gain in (0.0, 1.0):
+            raise ValueError(
+                f"gain is {self.gain}, which a sigmoid never leaves; start a learned"
+                " gain inside (0, 1), or fix it with learn_gain=None."
+            )
+        super().__post_init__()
+
+    def __call__(
+        self,
+        x: Signal | jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> Signal | jax.Array:
+        """Filters and normalises.
+
+        Args:
+            x: ``[N, ..., C]``, a Signal or a plain array.
+            use_running_average: True normalises by the moving statistics (inference,
+                the paper's option A); False by the filtered statistics of this
+                micro-batch (training, and option B), which moves the averages.
+            mask: broadcastable to `x`; values where it is false do not count.
+
+        Returns:
+            What came in, normalised: a Signal for a Signal, an array for an array.
+        """
+        y = self.normalize(self.filter(x, use_running_average, mask=mask))
+        return y if isinstance(x, Signal) else y.value
+
+    def filter(
+        self,
+        x: Signal | jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> Signal:
+        """The first step: returns `x` with the statistics to normalise it by.
+
+        A pre-activation network keeps this filtered stream for its shortcut.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = as_signal(x)
+        variables = self._variables(x.value.shape[self.axis])
+        running = KalmanState(variables.mean.value, variables.var.value)
+        if use_running_average:
+            return x.replace(state=running)
+        state = observe(
+            x.value,
+            axis=self.axis,
+            mask=mask,
+            axis_name=None if self.is_initializing() else self.axis_name,
+        )
+        predicted = state_of(x)
+        if predicted is not None:
+            predicted = variables.predict_noise(predicted)
+            if self.outlier_ratio is not None:
+                predicted = reject_outlier(predicted, state, self.outlier_ratio)
+            state = update(predicted, state, variables.gain, self.rule)
+        if not self.is_initializing():
+            kept = self.momentum
+            variables.mean.value = kept * running.mean + (1 - kept) * state.mean
+            variables.var.value = kept * running.var + (1 - kept) * state.var
+        return x.replace(state=state)
+
+    def normalize(self, x: Signal) -> Signal:
+        """The second step: normalises what `filter` returned by its state."""
+        variables = self._variables(x.value.shape[self.axis])
+        scale = 1.0 if variables.scale is None else variables.scale
+        bias = 0.0 if variables.bias is None else variables.bias
+        value = normalize(
+            x.value, x.state, scale, bias, epsilon=self.epsilon, axis=self.axis
+        )
+        dtype = nn.dtypes.canonicalize_dtype(
+            x.value, variables.scale, variables.bias, dtype=self.dtype
+        )
+        state = x.state
+        if self.hand_on == "normalized":
+            state = normalized_state(state, scale, bias, epsilon=self.epsilon)
+        return Signal(value.astype(dtype), state)
+
+    @nn.compact
+    def _variables(self, channels: int) -> _Variables:
+        shape = (channels,)
+
+        def optional(used: bool, name: str, init: Any) -> jax.Array | None:
+            return self.param(name, init, shape, self.param_dtype) if used else None
+
+        return _Variables(
+            self._gain(shape),
+            self._noise(shape),
+            optional(self.use_scale, "scale", self.scale_init),
+            optional(self.use_bias, "bias", self.bias_init),
+            self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
+            self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
+        )
+
+    def _gain(self, shape: tuple[int, ...]) -> jax.Array | float:
+        if self.learn_gain is None:
+            return self.gain
+        logit = nn.initializers.constant(jax.scipy.special.logit(self.gain))
+        shape = () if self.learn_gain == "scalar" else shape
+        return jax.nn.sigmoid(self.param("gain", logit, shape, jnp.float32))
+
+    def _noise(self, shape: tuple[int, ...]) -> Callable[[KalmanState], KalmanState]:
+        if self.noise is None:
+            return lambda state: state
+        if self.noise == "additive":
+            init = nn.initializers.constant(jnp.log(jnp.expm1(0.01)))
+            r = jax.nn.softplus(self.param("noise", init, shape, jnp.float32))
+            return lambda state: state._replace(var=state.var + r)
+        r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
+        return lambda state: state._replace(var=state.var * r)
+
+
+#: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
+ReleasedKalmanNorm = functools.partial(
+    KalmanNorm, learn_gain=None, hand_on="raw", outlier_ratio=100.0
+)
+
+#: Eq. 7 to the letter: raw state, learned scalar q, additive diagonal R.
+PaperKalmanNorm = functools.partial(
+    KalmanNorm, noise="additive", rule="paper", hand_on="raw"
+)

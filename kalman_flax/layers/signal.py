@@ -1,0 +1,68 @@
+"""An activation with what the filter believes of it, and how layers move both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.predict import predict_sum
+from kalman_flax.state import KalmanState, for_channels
+
+
+@flax.struct.dataclass
+class Signal:
+    """What travels through a network: a value and its state.
+
+    Attributes:
+        value: the activation, ``[..., H, W, C]``.
+        state: the moments of `value`, ``[..., C]``; None where nothing is known, so
+            that the next normaliser relies on what it observes alone.
+
+    ``a + b`` adds values and, taking the two as independent, means and variances.
+    """
+
+    value: jax.Array
+    state: KalmanState | None = None
+
+    def __add__(self, other: Signal | jax.Array) -> Signal:
+        other = as_signal(other)
+        known = self.state is not None and other.state is not None
+        return Signal(
+            self.value + other.value,
+            predict_sum(state_of(self), state_of(other)) if known else None,
+        )
+
+    __radd__ = __add__
+
+
+def as_signal(x: Signal | jax.Array) -> Signal:
+    """Returns `x`, as a Signal of unknown state if it is a plain array."""
+    return x if isinstance(x, Signal) else Signal(jnp.asarray(x))
+
+
+def state_of(x: Signal) -> KalmanState | None:
+    """Returns the state of `x` as float32 ``[..., C]``, or None where it is unknown.
+
+    Raises:
+        ValueError: the state has another number of channels than the value.
+    """
+    return None if x.state is None else for_channels(x.state, x.value.shape[-1])
+
+
+def through(
+    x: Signal | jax.Array,
+    move_value: Callable[[jax.Array], jax.Array],
+    predict: Callable[[KalmanState], KalmanState],
+) -> Signal | jax.Array:
+    """Moves the value by `move_value` and, where it is known, the state by `predict`.
+
+    The contract of every predicting layer: a Signal gives a Signal, a plain array a
+    plain array, and an unknown state stays unknown.
+    """
+    if not isinstance(x, Signal):
+        return move_value(x)
+    state = state_of(x)
+    return Signal(move_value(x.value), None if state is None else predict(state))

@@ -1,0 +1,82 @@
+"""Moments of a micro-batch over a set S_i of its values (paper, Eq. 1 and 8)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.state import KalmanState, check_choice
+
+SETS = ("batch", "group", "layer", "instance")
+
+
+def observe(
+    x: jax.Array,
+    over: str = "batch",
+    *,
+    num_groups: int | None = None,
+    axis: int = -1,
+    mask: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> KalmanState:
+    """Mean and biased variance of `x` over the set that each value belongs to.
+
+    Two centred passes in float32: the one-pass form E[x^2] - E[x]^2 gives 0 for
+    data at 1e4 +- 1.
+
+    Args:
+        x: ``[N, ..., C]`` activation of any floating dtype, channels at `axis`.
+        over: the set S_i. ``"batch"``: all values of a channel. ``"group"``: the
+            values of one example in a group of channels. ``"layer"``: all values
+            of one example. ``"instance"``: one channel of one example.
+        num_groups: G, for ``"group"`` only.
+        axis: the channel axis.
+        mask: broadcastable to `x`; values where it is false do not count. A set
+            that is masked out entirely has mean 0 and variance 0.
+        axis_name: mapped axis to share the statistics over, weighted by counts.
+
+    Returns:
+        float32 state: ``[C]`` for ``"batch"``, ``[N, C]`` otherwise, where each
+        channel carries the moments of its set.
+
+    Raises:
+        ValueError: unknown set, or a group count that does not divide C.
+    """
+    check_choice("over", over, SETS)
+    if mask is not None:
+        mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+        mask = jnp.moveaxis(mask, axis, -1)
+    x = jnp.moveaxis(jnp.asarray(x, jnp.float32), axis, -1)
+    if over == "batch":
+        return _moments(x, tuple(range(x.ndim - 1)), mask, axis_name)
+
+    channels = x.shape[-1]
+    groups = {"group": num_groups, "layer": 1, "instance": channels}[over]
+    if not groups or channels % groups:
+        raise ValueError(
+            f"num_groups is {groups}, but the activation has {channels} channels;"
+            " choose a divisor of the channel count."
+        )
+    split = (*x.shape[:-1], groups, channels // groups)
+    axes = (*range(1, x.ndim - 1), x.ndim)  # all but the example and the group
+    mask = None if mask is None else mask.reshape(split)
+    state = _moments(x.reshape(split), axes, mask, axis_name)
+    return KalmanState(*(jnp.repeat(s, channels // groups, axis=-1) for s in state))
+
+
+def _moments(
+    x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, axis_name: str | None
+) -> KalmanState:
+    if mask is None and axis_name is None:
+        return KalmanState(jnp.mean(x, axes), jnp.var(x, axes))
+
+    def total(values: jax.Array) -> jax.Array:
+        result = jnp.sum(values, axes, where=mask, keepdims=True)
+        return result if axis_name is None else jax.lax.psum(result, axis_name)
+
+    count = jnp.maximum(total(jnp.ones_like(x)), 1.0)
+    mean = total(x) / count
+    # Where the mask is false x may be NaN, and so may the gradient of its square.
+    centred = x - mean if mask is None else jnp.where(mask, x - mean, 0.0)
+    var = total(jnp.square(centred)) / count
+    return KalmanState(jnp.squeeze(mean, axes), jnp.squeeze(var, axes))

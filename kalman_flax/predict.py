@@ -1,0 +1,131 @@
+"""Closed-form predictions: one function per operation, state in, state out.
+
+Each moves the mean and variance of an operation's input to those of its output
+(paper, Eq. 5 and the first and third line of Eq. 7). The convolution has a file of
+its own, `convolution.py`. Max-pooling has no good closed form: `observe` its output.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.special import ndtr
+
+from kalman_flax.state import KalmanState, for_channels
+
+# Keeps sqrt(variance) and its gradient finite at 0. Far below any variance that
+# matters: float32 activations at 1e-6 have variance 1e-12.
+_TINY = 1e-15
+
+
+def predict_dense(
+    state: KalmanState, kernel: jax.Array, bias: jax.Array | float = 0.0
+) -> KalmanState:
+    """Moves a state ``[..., C]`` through ``x @ kernel + bias``, kernel ``[C, D]``.
+
+    mean = mu W + b, variance = v W^2; exact for independent inputs.
+    """
+    kernel = jnp.asarray(kernel, jnp.float32)
+    mean, var = for_channels(state, kernel.shape[0])
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return KalmanState(matmul(mean, kernel) + bias, matmul(var, jnp.square(kernel)))
+
+
+def predict_affine(
+    state: KalmanState, scale: jax.Array | float, bias: jax.Array | float
+) -> KalmanState:
+    """Moves a state through ``scale * x + bias``, each ``[C]`` or scalar. Exact."""
+    mean, var = state
+    return KalmanState(scale * mean + bias, jnp.square(scale) * var)
+
+
+def predict_relu(state: KalmanState) -> KalmanState:
+    """Moves a Gaussian state ``[..., C]`` through ``max(x, 0)``.
+
+    With a = mu / s, s^2 = v (Frey and Hinton, 1999):
+
+        mean = mu Phi(a) + s phi(a)
+        var  = s^2 [(1 + a^2) Phi + a phi - (a Phi + phi)^2]
+
+    written as s^2 [Phi + a^2 Phi (1 - Phi) + a phi (1 - 2 Phi) - phi^2], whose terms
+    vanish one by one as \\|a\\| grows instead of cancelling. Values and gradients are
+    finite at v = 0.
+    """
+    mean, var = state
+    std = jnp.sqrt(jnp.maximum(var, 0.0) + _TINY)
+    a = mean / std
+    below, above = ndtr(-a), ndtr(a)
+    density = jnp.exp(-0.5 * jnp.square(a)) / np.sqrt(2 * np.pi)
+    out_var = (
+        above
+        + jnp.square(a) * above * below
+        + a * density * (below - above)
+        - jnp.square(density)
+    )
+    return KalmanState(
+        mean * above + std * density, jnp.square(std) * jnp.maximum(out_var, 0.0)
+    )
+
+
+def predict_pointwise(
+    state: KalmanState, fn: Callable[[jax.Array], jax.Array], order: int = 32
+) -> KalmanState:
+    """Moves a Gaussian state ``[..., C]`` through any pointwise `fn`.
+
+    Gauss-Hermite quadrature of the first two moments: exact for polynomials up to
+    degree ``order - 1``, to five digits or so for smooth activations, to two at a
+    kink.
+
+    Args:
+        state: ``[..., C]``.
+        fn: elementwise function of an array.
+        order: number of quadrature nodes.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(order)
+    nodes = jnp.asarray(nodes, jnp.float32)
+    weights = jnp.asarray(weights / weights.sum(), jnp.float32)
+    mean, var = (jnp.asarray(s, jnp.float32)[..., None] for s in state)
+    values = fn(mean + jnp.sqrt(jnp.maximum(var, 0.0) + _TINY) * nodes)
+    out_mean = jnp.sum(weights * values, axis=-1)
+    centred = values - out_mean[..., None]
+    return KalmanState(out_mean, jnp.sum(weights * jnp.square(centred), axis=-1))
+
+
+def predict_avg_pool(
+    state: KalmanState, window_shape: Sequence[int], correlation: float = 1.0
+) -> KalmanState:
+    """Moves a state through an average over windows that lie inside the map.
+
+    With k values in a window and a correlation rho between neighbours, the variance
+    is v (1 + (k - 1) rho) / k. rho = 1, as in the released code, leaves it unchanged;
+    rho = 0, independent neighbours, divides it by k.
+    """
+    size = int(np.prod(window_shape))
+    mean, var = state
+    return KalmanState(mean, var * ((1 + (size - 1) * correlation) / size))
+
+
+def predict_pad_channels(state: KalmanState, before: int, after: int) -> KalmanState:
+    """Moves a state ``[..., C]`` through zero-padding of the channels: pads with 0."""
+
+    def pad(stat: jax.Array) -> jax.Array:
+        return jnp.pad(stat, [(0, 0)] * (stat.ndim - 1) + [(before, after)])
+
+    return KalmanState(*map(pad, state))
+
+
+def predict_sum(a: KalmanState, b: KalmanState) -> KalmanState:
+    """State of the sum of two independent branches: means and variances add."""
+    return KalmanState(a.mean + b.mean, a.var + b.var)
+
+
+def predict_concatenate(states: Sequence[KalmanState]) -> KalmanState:
+    """State of branches joined along the channel axis: joins theirs, ``[..., C_i]``."""
+    return KalmanState(
+        *(jnp.concatenate(stats, axis=-1) for stats in zip(*states, strict=True))
+    )

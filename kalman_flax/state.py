@@ -1,0 +1,50 @@
+"""What the filter believes of an activation, and the checks that guard it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KalmanState(NamedTuple):
+    """Mean and variance of an activation, channel by channel.
+
+    A pytree of fixed structure, so it can be the carry of a scan. Floats stand
+    for every channel alike: ``KalmanState(0.0, 1.0)`` is a standardised image.
+
+    Attributes:
+        mean: ``[..., C]`` float32, mu in the paper.
+        var: ``[..., C]`` float32, the diagonal of Sigma, never negative.
+    """
+
+    mean: jax.Array | float
+    var: jax.Array | float
+
+
+def for_channels(state: KalmanState, channels: int) -> KalmanState:
+    """Returns `state` as float32 ``[..., channels]``.
+
+    Raises:
+        ValueError: the state describes another number of channels.
+    """
+
+    def broadcast(name: str, stat: jax.Array | float) -> jax.Array:
+        stat = jnp.asarray(stat, jnp.float32)
+        if stat.ndim and stat.shape[-1] != channels:
+            raise ValueError(
+                f"KalmanState.{name} has shape {stat.shape}, but the activation has"
+                f" {channels} channels. The state must end in the activation's channel"
+                " count; pass state=None where nothing is known."
+            )
+        return jnp.broadcast_to(stat, (*stat.shape[:-1], channels))
+
+    return KalmanState(broadcast("mean", state.mean), broadcast("var", state.var))
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raises a ValueError that lists `choices` unless `value` is one of them."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(f"{name} is {value!r}; expected one of {list(choices)}.")

@@ -1,0 +1,102 @@
+"""The Kalman update and what follows it (paper, Eq. 6 and 7): update, normalize."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kalman_flax.predict import predict_affine
+from kalman_flax.state import KalmanState, check_choice
+
+RULES = ("mixture", "paper")
+
+
+def update(
+    predicted: KalmanState,
+    observed: KalmanState,
+    gain: jax.Array | float,
+    rule: str = "mixture",
+) -> KalmanState:
+    """Combines what was predicted with what was observed; q = `gain`, p = 1 - q.
+
+        mean = p mu_pred + q x_bar                                    Eq. 6
+        var  = p Sigma_pred + q S                                     "paper", Eq. 7
+        var  = p Sigma_pred + q S + p q (x_bar - mu_pred)^2           "mixture"
+
+    "mixture" is the exact variance of the mixture of both distributions, and what the
+    authors' released code does. q = 1 is batch normalisation, q = 0 normalisation
+    propagation (from the weights alone).
+
+    Args:
+        predicted, observed: ``[..., C]``, broadcast against each other.
+        gain: q in [0, 1], the weight of the observation; scalar or ``[C]``.
+        rule: ``"mixture"`` or ``"paper"``.
+    """
+    check_choice("rule", rule, RULES)
+    q, p = gain, 1.0 - gain
+    mean = p * predicted.mean + q * observed.mean
+    var = p * predicted.var + q * observed.var
+    if rule == "mixture":
+        var += p * q * jnp.square(observed.mean - predicted.mean)
+    return KalmanState(mean, var)
+
+
+def reject_outlier(
+    predicted: KalmanState, observed: KalmanState, limit: float
+) -> KalmanState:
+    """The guard of the released code: drops predictions of a wildly wrong scale.
+
+    Returns `predicted` where the channels' mean of Sigma_pred / S is below `limit`
+    (100 in the released code), and `observed` in its place elsewhere, with which the
+    update of either rule gives the observation alone.
+    """
+    ratio = jnp.mean(predicted.var / observed.var, axis=-1, keepdims=True)
+    return jax.tree.map(
+        lambda kept, fallback: jnp.where(ratio < limit, kept, fallback),
+        predicted,
+        observed,
+    )
+
+
+def normalize(
+    x: jax.Array,
+    state: KalmanState,
+    scale: jax.Array | float = 1.0,
+    bias: jax.Array | float = 0.0,
+    *,
+    epsilon: float = 1e-5,
+    axis: int = -1,
+) -> jax.Array:
+    """y = scale (x - mean) / sqrt(var + epsilon) + bias, in float32 or wider.
+
+    Args:
+        x: ``[N, ..., C]`` with the channels at `axis`.
+        state: ``[C]``, or ``[N, C]`` for statistics of each example.
+        scale, bias: gamma and beta, ``[C]`` or scalar.
+        epsilon: added to the variance.
+        axis: the channel axis.
+    """
+
+    def expand(stat: jax.Array | float) -> jax.Array:
+        stat = jnp.asarray(stat)
+        if stat.ndim == 0:
+            return stat
+        spatial = (1,) * (x.ndim - stat.ndim)
+        stat = stat.reshape(*stat.shape[:-1], *spatial, stat.shape[-1])
+        return jnp.moveaxis(stat, -1, axis)
+
+    y = (x - expand(state.mean)) * expand(scale * lax.rsqrt(state.var + epsilon))
+    return y + expand(bias)
+
+
+def normalized_state(
+    state: KalmanState,
+    scale: jax.Array | float = 1.0,
+    bias: jax.Array | float = 0.0,
+    *,
+    epsilon: float = 1e-5,
+) -> KalmanState:
+    """Moments of what `normalize` puts out: bias, scale^2 var / (var + epsilon)."""
+    var = state.var / (state.var + epsilon)
+    return predict_affine(KalmanState(jnp.zeros_like(var), var), scale, bias)
