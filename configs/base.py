@@ -1,0 +1,48 @@
+"""Every key that an experiment can set, with its default; not an experiment itself."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults that the other files in this folder start from."""
+    config = ConfigDict()
+
+    # Data
+    config.dataset = "digits"  # digits or cifar10
+    config.train_examples = 0  # use the first so many training images; 0: all
+    config.standardize = "channel"  # channel: mean 0, std 1; pixel: (x - mean) / 128
+    config.crop_padding = 0  # random crops after padding by so many pixels
+    config.flip = False  # random horizontal flips
+
+    # Network: pre-activation ResNet of 6n + 2 layers
+    config.blocks_per_stage = 1  # n
+    config.width = 16
+    config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
+    config.dtype = "float32"  # of the computation: float32 or bfloat16
+
+    # Normaliser
+    config.norm = "kalman"  # a name in kalman_flax.NORMALIZERS
+    config.norm_options = "{}"  # its attributes, as JSON: '{"gain": 0.5}'
+    config.stats_momentum = 0.9  # of the running statistics
+
+    # Batches
+    config.batch_size = 32  # examples per parameter update, over all devices
+    config.micro_batch_size = 2  # examples that share statistics
+
+    # Optimisation: SGD with momentum, weight decay on kernels only
+    config.epochs = 10
+    config.learning_rate = 0.1
+    config.warmup_epochs = 0
+    config.schedule = "cosine"  # cosine or step
+    config.step_epochs = ()  # step: at these epochs the rate is multiplied
+    config.step_factors = ()  # step: by these factors
+    config.sgd_momentum = 0.9
+    config.weight_decay = 2e-4
+    config.seed = 0
+
+    # Reporting
+    config.log_steps = 20
+    config.eval_epochs = 1  # test accuracy every so many epochs, and at the end
+    config.checkpoint_epochs = 1
+    config.eval_batch_size = 500
+    return config

@@ -1,0 +1,27 @@
+"""Trains one network; run it again to go on after an interruption.
+
+    python -m train --config=configs/digits.py --workdir=runs/digits
+
+Any key of the config can be set: --config.micro_batch_size=4 --config.norm=batch.
+The keys are explained in configs/base.py.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from train import cli
+from train.loop import train
+from train.report import describe
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")
+
+
+def main() -> None:
+    """Trains and prints the summary."""
+    print(describe(train(_CONFIG.value, _WORKDIR.value, cli.DATA_DIR.value)))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

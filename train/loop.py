@@ -1,0 +1,191 @@
+"""The training loop: resumes, shows itself, and stops at the first bad number."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from train import workdir as wd
+from train.data import epoch_order
+from train.experiment import Experiment, build
+
+
+class NonFiniteError(FloatingPointError):
+    """Training produced a NaN or an infinity."""
+
+
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, data_dir: str | None = None
+) -> dict[str, Any]:
+    """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
+
+    Args:
+        config: as in `configs/base.py`.
+        workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the
+            end, summary.json.
+        data_dir: TFDS directory, see `train.data.load_dataset`.
+
+    Returns:
+        The summary. A finished run is not run again: its summary is read.
+
+    Raises:
+        ValueError: a bad config, or a workdir of another config.
+        FileNotFoundError: the data set is not there.
+        NonFiniteError: loss or gradient is NaN or infinite; the last good checkpoint
+            stays.
+    """
+    workdir = pathlib.Path(workdir)
+    summary_path = workdir / wd.SUMMARY
+    if not summary_path.exists():
+        experiment = build(
+            config, data_dir
+        )  # before claiming: a bad config claims none
+    wd.claim(workdir, config)
+    if summary_path.exists():
+        return json.loads(summary_path.read_text())
+
+    with wd.open_checkpoints(workdir) as checkpoints:
+        state = wd.restore(checkpoints, experiment.state)
+        log = wd.MetricsLog(workdir, int(state.step))
+        try:
+            run = _Run(config, experiment, checkpoints, log)
+            state = run.train(state)
+        finally:
+            log.close()
+    summary = _summary(config, experiment, run, state, wd.read_metrics(workdir))
+    wd.write_json(summary_path, summary)
+    return summary
+
+
+class _Run:
+    """One call of `train`: steps, and now and then a log line, a test, a checkpoint."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        experiment: Experiment,
+        checkpoints: ocp.CheckpointManager,
+        log: wd.MetricsLog,
+    ):
+        self.config, self.experiment = config, experiment
+        self.checkpoints, self.log = checkpoints, log
+        self.started = time.monotonic() - log.seconds
+        self.pending: list[dict[str, jax.Array]] = []  # metrics not yet looked at
+        self.final: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def train(self, state: Any) -> Any:
+        config, experiment = self.config, self.experiment
+        start, total = int(state.step), experiment.total_steps
+        checkpoint_steps = config.checkpoint_epochs * experiment.steps_per_epoch
+        eval_steps = config.eval_epochs * experiment.steps_per_epoch
+        with tqdm(
+            total=total * config.batch_size,
+            initial=start * config.batch_size,
+            desc=f"{config.norm}, micro-batch {config.micro_batch_size}",
+            unit="img",
+            unit_scale=True,
+            mininterval=1.0,
+        ) as bar:
+            for step in range(start, total):
+                index = self._batch(step)
+                state, metrics = experiment.train_step(state, experiment.train, index)
+                self.pending.append(metrics)
+                bar.update(config.batch_size)
+                done = step + 1
+                last = done == total
+                if last or done % config.log_steps == 0:
+                    self._report(done, bar)
+                if last or done % checkpoint_steps == 0:
+                    self._look(done)
+                    self.checkpoints.save(done, args=ocp.args.StandardSave(state))
+                if last or done % eval_steps == 0:
+                    self._test(done, state)
+        if not self.final:  # every step was done before: killed before the summary
+            self._test(total, state)
+        return state
+
+    def _batch(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self.experiment.steps_per_epoch)
+        examples = len(self.experiment.train.labels)
+        start = position * self.config.batch_size
+        order = epoch_order(self.config.seed, epoch, examples)
+        return order[start : start + self.config.batch_size]
+
+    def _look(self, done: int) -> list[dict[str, float]]:
+        """Fetches the metrics since the last look, the newest after `done` steps."""
+        seen = jax.device_get(self.pending)
+        self.pending = []
+        for step, metrics in enumerate(seen, done - len(seen) + 1):
+            if not all(np.isfinite(value) for value in metrics.values()):
+                kept = self.checkpoints.latest_step()
+                raise NonFiniteError(
+                    f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
+                    f" at step {step}: training stopped. "
+                    + (
+                        f"The last good checkpoint, of step {kept}, is kept in"
+                        f" {self.checkpoints.directory}."
+                        if kept is not None
+                        else "There is no checkpoint yet."
+                    )
+                    + " A smaller learning_rate or a longer warm-up often helps."
+                )
+        return seen
+
+    def _report(self, done: int, bar: tqdm) -> None:
+        seen = self._look(done)
+        if not seen:  # a checkpoint has just looked
+            return
+        means = {k: float(np.mean([m[k] for m in seen])) for k in seen[0]}
+        bar.set_postfix(
+            loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.1%}"
+        )
+        self.log.write(
+            done,
+            self.seconds,
+            learning_rate=float(self.experiment.schedule(done - 1)),
+            images_per_second=bar.format_dict["rate"] or 0.0,
+            **{f"train_{name}": value for name, value in means.items()},
+        )
+
+    def _test(self, done: int, state: Any) -> None:
+        self.final = self.experiment.evaluate(state, self.experiment.test)
+        self.log.write(
+            done, self.seconds, **{f"test_{k}": v for k, v in self.final.items()}
+        )
+
+
+def _summary(
+    config: ConfigDict,
+    experiment: Experiment,
+    run: _Run,
+    state: Any,
+    lines: list[dict[str, float]],
+) -> dict[str, Any]:
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    return {
+        "norm": config.norm,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "devices": 1,
+        "seed": config.seed,
+        "final_train_loss": losses[-1],
+        **{f"test_{name}": value for name, value in run.final.items()},
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "steps": int(state.step),
+        "train_images": len(experiment.train.labels),
+        "test_images": len(experiment.test.labels),
+        "seconds": round(run.seconds, 1),
+        **wd.provenance(),
+    }

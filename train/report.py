@@ -1,0 +1,199 @@
+"""Tables and figures from the summaries of runs."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COLUMNS = (
+    "norm",
+    "batch_size",
+    "micro_batch_size",
+    "devices",
+    "seed",
+    "test_moving_accuracy",
+    "test_batch_accuracy",
+    "final_train_loss",
+    "parameters",
+    "steps",
+    "seconds",
+)
+
+
+class Run(NamedTuple):
+    """A run's summary, and its metrics by step."""
+
+    summary: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training stopped at a NaN or infinity."""
+        return self.summary.get("diverged", False)
+
+    def row(self) -> dict[str, Any]:
+        """Returns the summary's columns of the table; None where there is none."""
+        return {column: self.summary.get(column) for column in COLUMNS}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Returns what a single run came to, in two lines."""
+    return (
+        f"{summary['norm']}: batch {summary['batch_size']}, micro-batch"
+        f" {summary['micro_batch_size']}, {summary['devices']} device(s),"
+        f" {summary['steps']} steps in {summary['seconds']:.0f} s\n"
+        f"test accuracy on {summary['test_images']} images"
+        f"  A, moving statistics: {summary['test_moving_accuracy']:.2%}"
+        f"  B, micro-batch statistics: {summary['test_batch_accuracy']:.2%}"
+    )
+
+
+def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:
+    """Groups runs that differ in the seed alone, by normaliser and micro-batch size."""
+    result: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        key = run.summary["norm"], run.summary["micro_batch_size"]
+        result.setdefault(key, []).append(run)
+    return result
+
+
+def spread(runs: list[Run], column: str) -> tuple[float, float]:
+    """Mean and sample standard deviation over the runs that did not diverge (NaN for
+    none, and NaN deviation for one)."""
+    values = [run.summary[column] for run in runs if not run.diverged]
+    mean = float(np.mean(values)) if values else float("nan")
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def table(runs: list[Run]) -> str:
+    """Returns a Markdown table: a row for each normaliser and micro-batch size."""
+    header = (
+        "norm",
+        "batch",
+        "micro-batch",
+        "devices",
+        "seeds",
+        "A, moving (%)",
+        "B, micro-batch (%)",
+        "train loss",
+        "s / run",
+    )
+    rows = [header]
+    for (norm, micro), members in groups(runs).items():
+        alive = [run for run in members if not run.diverged]
+        lost = len(members) - len(alive)
+        first = (alive or members)[0].summary
+        rows.append(
+            (
+                norm,
+                str(first.get("batch_size", "")),
+                str(micro),
+                str(first.get("devices", "")),
+                str(len(members)) + (f", {lost} diverged" if lost else ""),
+                _cell(spread(members, "test_moving_accuracy"), lambda v: f"{v:.2%}"),
+                _cell(spread(members, "test_batch_accuracy"), lambda v: f"{v:.2%}"),
+                _cell(spread(members, "final_train_loss"), lambda v: f"{v:.3f}"),
+                _cell((spread(members, "seconds")[0], np.nan), lambda v: f"{v:.0f}"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(mean_sd: tuple[float, float], show: Callable[[float], str]) -> str:
+    mean, sd = (None if np.isnan(v) else show(v).removesuffix("%") for v in mean_sd)
+    if mean is None:
+        return "-"
+    return mean if sd is None else f"{mean} ± {sd}"
+
+
+def write_csv(path: pathlib.Path, runs: list[Run]) -> None:
+    """Writes one line for each run."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(run.row() for run in runs)
+
+
+def plot(path: pathlib.Path, runs: list[Run]) -> None:
+    """Draws training loss and test accuracy by step, and accuracy by micro-batch size.
+
+    Lines are means over seeds, bands one standard deviation; the test accuracy is
+    option A (solid) and option B (dashed).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (loss, accuracy, sizes) = plt.subplots(1, 3, figsize=(15, 4.5))
+    by_norm: dict[str, list[tuple[int, list[Run]]]] = {}
+    for (norm, micro), members in groups(runs).items():
+        alive = [run for run in members if not run.diverged]
+        if not alive:
+            continue
+        by_norm.setdefault(norm, []).append((micro, alive))
+        label = f"{norm}, {micro}"
+        (line,) = _curve(loss, alive, "train_loss", label=label)
+        color = line.get_color()
+        _curve(accuracy, alive, "test_moving_accuracy", 100, label=label, color=color)
+        _curve(accuracy, alive, "test_batch_accuracy", 100, ls="--", color=color)
+    for norm, points in by_norm.items():
+        points.sort(key=lambda point: point[0])
+        color = None
+        for column, style in (("moving", "o-"), ("batch", "s--")):
+            stats = [
+                spread(members, f"test_{column}_accuracy") for _, members in points
+            ]
+            means, sds = 100 * np.array(stats).T
+            label = norm if column == "moving" else None
+            bars = sizes.errorbar(
+                [m for m, _ in points],
+                means,
+                np.nan_to_num(sds),
+                fmt=style,
+                label=label,
+                color=color,
+                capsize=3,
+            )
+            color = bars.lines[0].get_color()
+    loss.set(xlabel="step", ylabel="training loss", title="norm, micro-batch size")
+    accuracy.set(xlabel="step", ylabel="test accuracy (%)", title="A solid, B dashed")
+    sizes.set(xlabel="micro-batch size", xscale="log", title="at the end of training")
+    sizes.set_xscale("log", base=2)
+    for axes in (loss, accuracy, sizes):
+        axes.grid(alpha=0.3)
+    for axes in (loss, sizes):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _curve(
+    axes: Any, runs: list[Run], column: str, factor: float = 1.0, **style: Any
+) -> list[Any]:
+    """Draws the mean over runs of a column by step, with a band of one deviation."""
+    points: dict[int, list[float]] = {}
+    for run in runs:
+        for line in run.metrics:
+            if column in line:
+                points.setdefault(int(line["step"]), []).append(factor * line[column])
+    steps = sorted(points)
+    mean = np.array([np.mean(points[step]) for step in steps])
+    sd = np.array([np.std(points[step]) for step in steps])
+    lines = axes.plot(steps, mean, **style)
+    axes.fill_between(
+        steps, mean - sd, mean + sd, alpha=0.15, color=lines[0].get_color()
+    )
+    return lines
