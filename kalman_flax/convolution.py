@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kalman_flax.state import KalmanState, for_channels
+from kalman_flax.state import KalmanState, check_choice, for_channels
 
 Padding = str | Sequence[tuple[int, int]]
-_HIGHEST = lax.Precision.HIGHEST
 
 
 def convolve(
@@ -78,49 +78,59 @@ def predict_conv(
     kernel = jnp.asarray(kernel, jnp.float32)
     height, width, channels, features = kernel.shape
     groups = feature_group_count
-    state = for_channels(state, channels * groups)
-    if bias is None:
-        bias = jnp.zeros((features,), jnp.float32)
-    dilated = [(k - 1) * d + 1 for k, d in zip((height, width), kernel_dilation)]
+    mean, var = for_channels(state, channels * groups)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(input_size, dilated, strides, padding)
-    (rows, row_share), (cols, col_share) = (
-        _kinds_of_position(*geometry)
-        for geometry in zip(
-            input_size, (height, width), strides, padding, kernel_dilation
-        )
+        check_choice("padding", padding, ("SAME", "SAME_LOWER", "VALID"))
+        taps = zip((height, width), kernel_dilation)
+        spans = [(size - 1) * dilation + 1 for size, dilation in taps]
+        padding = lax.padtype_to_pads(input_size, spans, strides, padding)
+    rows, cols = (
+        _kinds_of_position(*axis)
+        for axis in zip(input_size, (height, width), strides, padding, kernel_dilation)
     )
+    inside = np.kron(rows.inside, cols.inside)  # [kinds of position, taps]
+    share = np.kron(rows.share, cols.share)
+    # The local mean is mu . (inside @ W). Its mean over positions weighs the taps by P;
+    # its variance is the sum of squares of what each kind deviates, times its share.
+    p = share @ inside
+    deviation = np.sqrt(share)[:, None] * (inside - p)
+    weights = np.vstack([p, deviation[np.any(deviation, axis=1)]])
 
-    # g: group, c: channel of the group, o: feature of the group, a b: kind of position
-    mean, var = (s.reshape(*s.shape[:-1], groups, channels) for s in state)
-    kernel = kernel.reshape(height, width, channels, groups, features // groups)
-    seen = jnp.einsum("ah,bw,hwcgo->abcgo", rows, cols, kernel, precision=_HIGHEST)
-    local = jnp.einsum("...gc,abcgo->...abgo", mean, seen, precision=_HIGHEST)
-    share = (row_share[:, None] * col_share)[:, :, None, None]
-    power = jnp.einsum(
-        "h,w,hwcgo->cgo",
-        row_share @ rows,
-        col_share @ cols,
-        jnp.square(kernel),
-        precision=_HIGHEST,
-    )
-    out_mean = jnp.sum(share * local, axis=(-4, -3))
-    centred = local - out_mean[..., None, None, :, :]
-    out_var = jnp.sum(share * jnp.square(centred), axis=(-4, -3))
-    out_var += jnp.einsum("...gc,cgo->...go", var, power, precision=_HIGHEST)
-    flat = (*out_mean.shape[:-2], features)
-    return KalmanState(out_mean.reshape(flat) + bias, out_var.reshape(flat))
+    def contract(stat: jax.Array, weights: np.ndarray, kernel: jax.Array) -> jax.Array:
+        """Returns stat . (weights @ kernel), ``[..., number of weights, D]``."""
+        # The taps are summed first, once for all replicas under vmap.
+        kernel = jnp.matmul(
+            jnp.asarray(weights, jnp.float32),
+            kernel.reshape(height * width, -1),
+            precision=lax.Precision.HIGHEST,
+        )
+        out = jnp.einsum(
+            "...gc,kcgo->...kgo",
+            stat.reshape(*stat.shape[:-1], groups, channels),
+            kernel.reshape(len(weights), channels, groups, features // groups),
+            precision=lax.Precision.HIGHEST,
+        )
+        return out.reshape(*out.shape[:-2], features)
+
+    local = contract(mean, weights, kernel)
+    (var,) = jnp.moveaxis(contract(var, p[None], jnp.square(kernel)), -2, 0)
+    var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
+    mean = local[..., 0, :]
+    return KalmanState(mean if bias is None else mean + bias, var)
+
+
+class _Kinds(NamedTuple):
+    inside: np.ndarray  # [kinds, taps], 0 or 1
+    share: np.ndarray  # [kinds], sums to 1
 
 
 def _kinds_of_position(
     size: int, taps: int, stride: int, padding: tuple[int, int], dilation: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> _Kinds:
     """Which taps of a kernel fall inside the input, along one axis of the map.
 
-    Returns:
-        inside: ``[kinds, taps]`` of 0 and 1, the distinct cases: for a 3-tap SAME
-            kernel the first position, the last, and all between.
-        share: ``[kinds]``, the share of output positions of each kind.
+    Returns the distinct cases (for a 3-tap SAME kernel: the first position, the last,
+    and all between) and the share of output positions of each.
     """
     span = (taps - 1) * dilation + 1
     outputs = (size + sum(padding) - span) // stride + 1
@@ -129,9 +139,9 @@ def _kinds_of_position(
             f"a kernel of {taps} taps (dilation {dilation}) does not fit an input of"
             f" {size} positions with padding {tuple(padding)}: the output is empty."
         )
-    index = np.arange(outputs)[:, None] * stride - padding[0]
-    index = index + np.arange(taps) * dilation
+    first = np.arange(outputs)[:, None] * stride - padding[0]
+    index = first + np.arange(taps) * dilation
     inside, counts = np.unique(
         (index >= 0) & (index < size), axis=0, return_counts=True
     )
-    return inside.astype(np.float32), (counts / outputs).astype(np.float32)
+    return _Kinds(inside.astype(float), counts / outputs)

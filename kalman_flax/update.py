@@ -86,7 +86,8 @@ def normalize(
         stat = stat.reshape(*stat.shape[:-1], *spatial, stat.shape[-1])
         return jnp.moveaxis(stat, -1, axis)
 
-    y = (x - expand(state.mean)) * expand(scale * lax.rsqrt(state.var + epsilon))
+    mean, var = (jnp.asarray(stat, jnp.float32) for stat in state)
+    y = (x - expand(mean)) * expand(scale * lax.rsqrt(var + epsilon))
     return y + expand(bias)
 
 

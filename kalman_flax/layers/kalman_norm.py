@@ -149,6 +149,9 @@ class KalmanNorm(nn.Module):
             if self.outlier_ratio is not None:
                 predicted = reject_outlier(predicted, state, self.outlier_ratio)
             state = update(predicted, state, variables.gain, self.rule)
+            # Keeps XLA from computing these small vectors, and those of all layers
+            # below that they follow from, again at every pixel.
+            state = jax.lax.optimization_barrier(state)
         if not self.is_initializing():
             kept = self.momentum
             variables.mean.value = kept * running.mean + (1 - kept) * state.mean

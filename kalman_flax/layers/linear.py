@@ -8,8 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
 
-from kalman_flax.convolution import Padding, convolve, predict_conv
+from kalman_flax.convolution import convolve, predict_conv
 from kalman_flax.layers.signal import Signal, through
 from kalman_flax.predict import predict_dense
 from kalman_flax.sampling import sample_conv, sample_dense
@@ -50,7 +51,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: Sequence[int]
     strides: int | Sequence[int] = 1
-    padding: Padding = "SAME"
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
     kernel_dilation: int | Sequence[int] = 1
     feature_group_count: int = 1
     use_bias: bool = True
@@ -88,7 +89,7 @@ class Conv(nn.Module):
             kernel = standardize_kernel(kernel)
         geometry = dict(
             strides=_pair(self.strides),
-            padding=self.padding,
+            padding=canonicalize_padding(self.padding, 2),
             kernel_dilation=_pair(self.kernel_dilation),
             feature_group_count=self.feature_group_count,
         )
