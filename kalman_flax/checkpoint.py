@@ -12,8 +12,6 @@ from flax import traverse_util
 
 from kalman_flax.layers.linear import Conv, standardize_kernel
 
-_FILTER_PARAMS = ("gain", "noise")
-
 
 def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     """Loads a batch-norm network's variables into those of the same KN network.
@@ -33,10 +31,10 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
         ValueError: layers missing on either side, or of another shape; all are named.
     """
     ours = traverse_util.flatten_dict(variables, sep="/")
-    theirs = _flatten(batch_norm_variables)
-    names = {path: _batch_norm_path(path) for path in ours}
-    learned = {path for path in ours if path.split("/")[-1] in _FILTER_PARAMS}
-    wanted = {names[path]: path for path in ours if path not in learned}
+    theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables, sep="/"))
+    learned = _filter_params(ours)
+    kept = {path: leaf for path, leaf in ours.items() if path not in learned}
+    wanted = _renamed({path: path for path in kept})
     problems = [f"missing in the checkpoint: {n}" for n in wanted if n not in theirs]
     problems += [f"unknown to the network: {n}" for n in theirs if n not in wanted]
     problems += [
@@ -47,7 +45,7 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     ]
     if problems:
         raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
-    loaded = {p: ours[p] if p in learned else theirs[names[p]] for p in ours}
+    loaded = ours | {path: theirs[name] for name, path in wanted.items()}
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
@@ -78,27 +76,36 @@ def export_batch_norm(network: nn.Module, variables: Any, *args: Any, **kwargs: 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: network.apply(v, *args, **kwargs), variables)
     flat = traverse_util.flatten_dict(variables, sep="/")
+    learned = _filter_params(flat)
     exported = {
         path: standardize_kernel(leaf) if path in standardized else leaf
         for path, leaf in flat.items()
-        if path.split("/")[-1] not in _FILTER_PARAMS
+        if path not in learned
     }
-    return traverse_util.unflatten_dict(_flatten_renamed(exported), sep="/")
+    return traverse_util.unflatten_dict(_renamed(exported), sep="/")
 
 
-def _flatten(variables: Any) -> dict[str, Any]:
-    return _flatten_renamed(traverse_util.flatten_dict(variables, sep="/"))
+def _filter_params(flat: dict[str, Any]) -> set[str]:
+    """Paths of the parameters that batch norm lacks: gain and noise of a KalmanNorm,
+    which is to say of a layer that keeps running statistics."""
+    return {
+        path
+        for path in flat
+        if re.search(r"/(gain|noise)$", path)
+        and re.sub(r"^params/(.*)/\w+$", r"batch_stats/\1/mean", path) in flat
+    }
 
 
-def _flatten_renamed(flat: dict[str, Any]) -> dict[str, Any]:
-    renamed = {_batch_norm_path(path): leaf for path, leaf in flat.items()}
-    if len(renamed) != len(flat):
-        raise ValueError(
-            "the network mixes automatically named BatchNorm and KalmanNorm layers,"
-            " which would share a name; give them names of your own."
-        )
-    return renamed
-
-
-def _batch_norm_path(path: str) -> str:
-    return re.sub(r"(^|/)KalmanNorm_(\d+)(?=/)", r"\1BatchNorm_\2", path)
+def _renamed(flat: dict[str, Any]) -> dict[str, Any]:
+    """Gives automatically named KalmanNorm layers the name of a BatchNorm."""
+    result: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        name = re.sub(r"(^|/)KalmanNorm_(\d+)(?=/)", r"\1BatchNorm_\2", path)
+        if name in result:
+            raise ValueError(
+                f"{path} would become {name}, which there is already: BatchNorm and"
+                " KalmanNorm layers with automatic names are mixed. Give them names"
+                " of your own."
+            )
+        result[name] = leaf
+    return result

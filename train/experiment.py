@@ -131,7 +131,7 @@ def make_schedule(config: Any, steps_per_epoch: int) -> optax.Schedule:
         schedule = optax.piecewise_constant_schedule(rate, drops)
     if not warmup:
         return schedule
-    rise = optax.linear_schedule(rate / warmup, rate, warmup)
+    rise = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
     return optax.join_schedules([rise, schedule], [warmup])
 
 

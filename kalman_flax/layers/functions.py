@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,13 +46,13 @@ def avg_pool(
 
     `correlation` is that of neighbouring positions, see `predict_avg_pool`.
     """
-    pool = functools.partial(
-        nn.avg_pool,
-        window_shape=window_shape,
-        strides=strides,
-        padding=padding,
-        count_include_pad=False,
-    )
+
+    def pool(value: jax.Array) -> jax.Array:
+        pooled = nn.avg_pool(
+            value, window_shape, strides, padding, count_include_pad=False
+        )
+        return pooled.astype(value.dtype)  # the count of values is a float32 to Flax
+
     return through(x, pool, lambda s: predict_avg_pool(s, window_shape, correlation))
 
 

@@ -135,6 +135,12 @@ class KalmanNorm(nn.Module):
         x = as_signal(x)
         variables = self._variables(x.value.shape[self.axis])
         running = KalmanState(variables.mean.value, variables.var.value)
+        predicted = state_of(x, self.axis)
+        if predicted is not None and predicted.mean.ndim > 1:
+            raise ValueError(
+                f"KalmanNorm got a state of shape {predicted.mean.shape}; expected one"
+                " state [C] for the micro-batch. jax.vmap over several."
+            )
         if use_running_average:
             return x.replace(state=running)
         state = observe(
@@ -143,7 +149,6 @@ class KalmanNorm(nn.Module):
             mask=mask,
             axis_name=None if self.is_initializing() else self.axis_name,
         )
-        predicted = state_of(x)
         if predicted is not None:
             predicted = variables.predict_noise(predicted)
             if self.outlier_ratio is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.linear import canonicalize_padding
 
 from kalman_flax.convolution import convolve, predict_conv
@@ -35,7 +36,7 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
 class Conv(nn.Module):
     """2-D convolution over a Signal; `nn.Conv` on a plain array.
 
-    Attributes are those of `nn.Conv`, and so are the parameters: ``kernel``
+    Attributes mean what they do in `nn.Conv`, and so do the parameters: ``kernel``
     ``[h, w, C / groups, features]`` and ``bias`` ``[features]``. Besides:
 
     Attributes:
@@ -68,10 +69,10 @@ class Conv(nn.Module):
         """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
         check_choice("transition", self.transition, TRANSITIONS)
         shape = jnp.shape(x.value if isinstance(x, Signal) else x)
-        if len(shape) < 3 or len(self.kernel_size) != 2:
+        if len(shape) < 3 or np.shape(self.kernel_size) != (2,):
             raise ValueError(
                 f"Conv got an input of shape {shape} and kernel_size"
-                f" {tuple(self.kernel_size)}; expected [..., H, W, C] and two numbers."
+                f" {self.kernel_size}; expected [..., H, W, C] and two numbers."
             )
         channels = shape[-1] // self.feature_group_count
         kernel = self.param(

@@ -27,6 +27,8 @@ class Signal:
     value: jax.Array
     state: KalmanState | None = None
 
+    __array_ufunc__ = None  # so that `array + signal` of NumPy comes to __radd__
+
     def __add__(self, other: Signal | jax.Array) -> Signal:
         other = as_signal(other)
         known = self.state is not None and other.state is not None
@@ -43,13 +45,17 @@ def as_signal(x: Signal | jax.Array) -> Signal:
     return x if isinstance(x, Signal) else Signal(jnp.asarray(x))
 
 
-def state_of(x: Signal) -> KalmanState | None:
+def state_of(x: Signal, axis: int = -1) -> KalmanState | None:
     """Returns the state of `x` as float32 ``[..., C]``, or None where it is unknown.
+
+    Args:
+        x: a Signal with its channels at `axis`.
+        axis: the channel axis.
 
     Raises:
         ValueError: the state has another number of channels than the value.
     """
-    return None if x.state is None else for_channels(x.state, x.value.shape[-1])
+    return None if x.state is None else for_channels(x.state, x.value.shape[axis])
 
 
 def through(

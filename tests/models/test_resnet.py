@@ -1,0 +1,158 @@
+"""The ResNet: its size, its dtypes, every normaliser in it, and the scanned form."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kalman_flax as kf
+from tests.reference.plain_resnet import unstack_blocks
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+LABELS = jnp.array([0, 2])
+
+
+def tiny(name="kalman", **options):
+    options = {"num_classes": 3, "blocks_per_stage": 1, "width": 4} | options
+    return kf.ResNet(**options, **kf.normalization(name)._asdict())
+
+
+def step(net, variables):
+    """Loss, gradients and new batch_stats of a training step on IMAGES.
+
+    Not jitted: for so small a network that compiles far longer than it runs.
+    """
+
+    def loss(params):
+        logits, updates = net.apply(
+            {**variables, "params": params}, IMAGES, False, mutable=["batch_stats"]
+        )
+        log_probability = jax.nn.log_softmax(logits)
+        return -jnp.mean(log_probability[jnp.arange(2), LABELS]), (logits, updates)
+
+    return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+
+def shapes(net, images=IMAGES):
+    return jax.eval_shape(lambda: net.init(KEY, images, True))
+
+
+def count(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_size_of_resnet_32():
+    """Of the released experiments: n = 5, width 16, batch norm, CIFAR-10."""
+    net = kf.ResNet(10, blocks_per_stage=5, width=16, norm=kf.BatchNorm)
+    params = shapes(net, jnp.zeros((1, 32, 32, 3)))["params"]
+    convolutions = (
+        27 * 16  # stem
+        + 10 * 9 * 16 * 16  # stage 1: five blocks of two
+        + 9 * 16 * 32 + 9 * 9 * 32 * 32  # stage 2: the first grows
+        + 9 * 32 * 64 + 9 * 9 * 64 * 64
+    )  # fmt: skip
+    # scale and bias; before, between and after convolutions, but not at the first
+    # block's input, which the stem has normalised
+    norms = 2 * (16 + 9 * 16 + (16 + 9 * 32) + (32 + 9 * 64) + 64)
+    head = 64 * 10 + 10
+    assert count(params) == convolutions + norms + head == 464_154
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_depth_is_6n_plus_2(blocks):
+    params = shapes(tiny(blocks_per_stage=blocks))["params"]
+    paths = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    assert paths.count("kernel") == 6 * blocks + 2
+
+
+def test_learned_gain_and_noise_are_few_parameters():
+    """Paper, Table 2: 0.1 % more. One gain per norm, and R per channel."""
+    batch, paper = (shapes(tiny(name))["params"] for name in ("batch", "kalman_paper"))
+    norms = len(jax.tree.leaves(batch["stem_norm"])) // 2 * 7  # stem, 5 blocks', final
+    channels = 4 + 4 + (4 + 8) + (8 + 16) + 16
+    assert count(paper) - count(batch) == norms + channels
+
+
+@pytest.mark.parametrize("name", kf.NORMALIZERS)
+def test_trains_with_every_normaliser(name):
+    net = tiny(name)
+    variables = net.init(KEY, IMAGES, False)
+    (loss, (logits, updates)), grads = step(net, variables)
+    chex.assert_shape(logits, (2, 3))
+    chex.assert_tree_all_finite((loss, grads, updates))
+    # Every kernel learns, the last layer's bias as well as the stem's.
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if path[-1].key == "kernel":
+            assert jnp.any(grad != 0), jax.tree_util.keystr(path)
+    variables = {**variables, **updates}
+    params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+    after = step(net, {**variables, "params": params})[0][0]
+    assert after < loss
+    logits = net.apply({**variables, "params": params}, IMAGES, True)
+    chex.assert_tree_all_finite(logits)
+
+
+@pytest.mark.parametrize("name", ["kalman", "group"])
+def test_half_precision_computes_but_keeps_float32(name):
+    net = tiny(name, dtype=jnp.bfloat16)
+    variables = shapes(net)
+    chex.assert_type(jax.tree.leaves(variables), jnp.float32)
+
+    def forward(variables):
+        return net.apply(
+            variables, IMAGES, False, mutable=["batch_stats", "intermediates"],
+            capture_intermediates=True,
+        )  # fmt: skip
+
+    logits, updates = jax.eval_shape(forward, variables)
+    assert logits.dtype == jnp.float32
+    chex.assert_type(jax.tree.leaves(updates.get("batch_stats", {})), jnp.float32)
+    for block in (1, 2, 3):
+        seen = updates["intermediates"][f"stage{block}_block1"]["__call__"][0]
+        assert seen.value.dtype == jnp.bfloat16, f"stage {block}"
+        chex.assert_type(jax.tree.leaves(seen.state), jnp.float32)
+
+
+def test_images_may_bring_their_own_state():
+    net = tiny("kalman")
+    variables = net.init(KEY, IMAGES, False)
+
+    def logits(net, images):
+        return net.apply(variables, images, False, mutable=["batch_stats"])[0]
+
+    standard = logits(net, IMAGES)
+    given = kf.Signal(IMAGES, kf.KalmanState(0.0, 1.0))
+    chex.assert_trees_all_equal(logits(net, given), standard)
+    chex.assert_trees_all_equal(logits(net.clone(input_state=None), given), standard)
+    unknown = logits(net.clone(input_state=None), IMAGES)
+    assert jnp.abs(unknown - standard).max() > 1e-3
+    other = kf.Signal(IMAGES, kf.KalmanState(0.0, 3.0))
+    assert jnp.abs(logits(net, other) - standard).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["kalman_paper", "group"])
+def test_scan_over_blocks_is_the_loop(name):
+    scanned, looped = (
+        tiny(name, blocks_per_stage=3, scan=scan) for scan in (True, False)
+    )
+    stacked = scanned.init(KEY, IMAGES, True)
+    # Apart, so that a mixed-up order of blocks shows.
+    first = stacked["params"]["stage1_blocks"]["conv1"]["kernel"]
+    assert jnp.abs(first[0] - first[1]).max() > 1e-2
+    variables = {name: unstack_blocks(tree) for name, tree in stacked.items()}
+    chex.assert_trees_all_equal_shapes(shapes(looped), variables)
+
+    def run(net, variables):
+        (loss, (logits, updates)), grads = step(net, variables)
+        return loss, logits, grads, updates.get("batch_stats", {})
+
+    loss, logits, grads, stats = run(scanned, stacked)
+    actual = loss, logits, unstack_blocks(grads), unstack_blocks(stats)
+    chex.assert_trees_all_close(actual, run(looped, variables), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        scanned.apply(stacked, IMAGES, True),
+        looped.apply(variables, IMAGES, True),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip

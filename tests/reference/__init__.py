@@ -1,0 +1,1 @@
+"""Slow float64 NumPy versions of the library, written from the equations alone."""

@@ -1,0 +1,98 @@
+"""Configs, schedules, the optimiser, and what a bad config says."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from kalman_flax import KalmanNorm
+from tests.train.common import tiny_config
+from train.data import Dataset, Split
+from train.experiment import build, make_network, make_optimizer, make_schedule
+
+CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[!_]*.py"))
+CIFAR = Dataset(*[Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, int))] * 2, 10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_makes_a_network(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert set(config) == set(base.get_config())
+    assert config.batch_size % config.micro_batch_size == 0
+    network = make_network(config, CIFAR)
+    size = 8 if config.dataset == "digits" else 32
+    shapes = jax.eval_shape(
+        lambda: network.init(
+            jax.random.key(0), np.zeros((2, size, size, 3)), use_running_average=True
+        )
+    )
+    kernels = [
+        path
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes["params"])
+        if path[-1].key == "kernel"
+    ]
+    assert len(kernels) == 6 * config.blocks_per_stage + 2
+
+
+def test_released_schedule():
+    config = importlib.import_module("configs.cifar10_released").get_config()
+    schedule = make_schedule(config, steps_per_epoch=390)
+    epochs = np.array([0, 81.9, 82.1, 122.9, 123.1, 299.9, 300.1, 399.9])
+    rates = [float(schedule(int(epoch * 390))) for epoch in epochs]
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0002, 0.0002]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_warm_up_then_cosine():
+    config = tiny_config(epochs=10, warmup_epochs=2, learning_rate=0.5)
+    schedule = make_schedule(config, steps_per_epoch=5)
+    rates = np.array([float(schedule(step)) for step in range(51)])
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11), rtol=1e-5)
+    cosine = 0.25 * (1 + np.cos(np.pi * np.arange(41) / 40))
+    np.testing.assert_allclose(rates[10:], cosine, rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_reaches_kernels_only():
+    config = tiny_config(weight_decay=0.5, sgd_momentum=0.9)
+    optimizer = make_optimizer(config, lambda _: 0.1)
+    params = {"conv": {"kernel": 2.0, "bias": 2.0}, "norm": {"scale": 2.0}}
+    state = optimizer.init(params)
+    zeros = jax.tree.map(np.zeros_like, params)
+    for expected in (1.9, 1.9 - 0.1 * (0.95 + 0.9 * 1.0)):
+        updates, state = optimizer.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["conv"]["kernel"], expected, rtol=1e-6)
+    assert params["conv"]["bias"] == params["norm"]["scale"] == 2.0
+
+
+def test_options_reach_the_normaliser():
+    config = tiny_config(norm_options='{"gain": 0.3, "learn_gain": null}')
+    norm = make_network(config, CIFAR).norm(name="norm")
+    assert isinstance(norm, KalmanNorm)
+    assert (norm.gain, norm.learn_gain, norm.momentum) == (0.3, None, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(norm="kalmann"), "unknown normaliser 'kalmann'; known are batch"),
+        (dict(norm_options='{"gian": 1}'), "no attribute .*gian.*gain"),
+        (dict(norm_options="gain=1"), "not JSON"),
+        (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
+        (dict(dataset="digit"), "unknown data set 'digit'; known are digits"),
+        (dict(dtype="float64"), "dtype is 'float64'"),
+        (dict(schedule="linear"), "schedule is 'linear'"),
+        (dict(standardize="none"), "standardize is 'none'"),
+        (dict(batch_size=128), "batch_size 128 is larger than the 64"),
+        (dict(warmup_epochs=2), "warmup_epochs 2 leaves none"),
+        (dict(schedule="step", step_epochs=(1,)), "differ in length"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_config(**overrides))

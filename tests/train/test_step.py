@@ -1,0 +1,192 @@
+"""One update and one evaluation, against what they are by definition."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kalman_flax as kf
+from tests.train.common import tiny_config
+from train.data import Split
+from train.experiment import build, make_optimizer, make_schedule
+from train.step import (
+    apply_replicas,
+    create_state,
+    make_train_step,
+    micro_batches,
+)
+
+INDEX = np.arange(8, dtype=np.int32)
+
+
+def copy(tree):
+    """The train step donates its state."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize("norm", ["kalman", "batch", "group"])
+def test_update_equals_a_loop_over_micro_batches(norm):
+    """Gradients averaged, running statistics of the pooled batch, SGD by hand."""
+    config = tiny_config(norm=norm, weight_decay=0.01)
+    experiment = build(config)
+    state = copy(experiment.state)
+    images = (experiment.train.images[INDEX] - experiment.train.images.mean()) / (
+        experiment.train.images.astype(jnp.float32).std()
+    )
+    labels = experiment.train.labels[INDEX]
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def gradient(params, x, y):
+        logits, new = experiment.network.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            x,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return loss, new.get("batch_stats", {})
+
+    grads, losses, written = [], [], []
+    for x, y in zip(images.reshape(4, 2, 8, 8, 1), labels.reshape(4, 2)):
+        (loss, new), grad = gradient(state.params, x, y)
+        grads.append(grad)
+        losses.append(loss)
+        written.append(new)
+
+    def stepped(path, param, *micro_grads):
+        grad = sum(micro_grads) / 4
+        if path[-1].key == "kernel":
+            grad += config.weight_decay * param
+        return param - config.learning_rate * grad
+
+    expected = jax.tree_util.tree_map_with_path(stepped, state.params, *grads)
+    after, metrics = experiment.train_step(experiment.state, experiment.train, INDEX)
+    chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    assert after.step == 1
+
+    if norm != "group":
+        # The deepest statistic shows the law of total variance over replicas.
+        old = state.batch_stats["final_norm"]
+        means = np.stack([w["final_norm"]["mean"] for w in written])
+        means = (means - 0.9 * old["mean"]) / 0.1
+        within = np.stack([w["final_norm"]["var"] for w in written])
+        within = (within - 0.9 * old["var"]) / 0.1
+        pooled = within.mean(0) + means.var(0)
+        np.testing.assert_allclose(
+            after.batch_stats["final_norm"]["var"],
+            0.9 * old["var"] + 0.1 * pooled,
+            rtol=1e-3,
+            atol=1e-5,
+        )
+
+
+def test_replicas_share_no_statistics():
+    """A micro-batch's logits do not change with its neighbours."""
+    experiment = build(tiny_config())
+    variables = {
+        "params": experiment.state.params,
+        "batch_stats": experiment.state.batch_stats,
+    }
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    key = jax.random.key(1)
+    logits, _ = apply_replicas(experiment.network, variables, x, 2, key)
+    other, _ = apply_replicas(
+        experiment.network, variables, x.at[2:].multiply(3.0), 2, key
+    )
+    chex.assert_trees_all_close(logits[:2], other[:2], rtol=1e-5)
+    assert not np.allclose(logits[2:], other[2:], rtol=1e-2)
+
+
+def test_no_retrace_after_the_first_step():
+    experiment = build(tiny_config())
+    state = experiment.state
+    for step in range(3):
+        state, _ = experiment.train_step(state, experiment.train, INDEX + step)
+    assert experiment.train_step._cache_size() == 1
+
+
+def test_crops_depend_on_seed_and_step_alone():
+    """Two states of one step see the same images; the next step others."""
+    config = tiny_config(crop_padding=2, flip=True, learning_rate=0.0)
+    losses = []
+    for _ in range(2):
+        experiment = build(config)
+        state, first = experiment.train_step(experiment.state, experiment.train, INDEX)
+        _, second = experiment.train_step(state, experiment.train, INDEX)
+        losses.append((float(first["loss"]), float(second["loss"])))
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("size", [10, 64, 128, 1000])
+def test_evaluation_counts_every_image_once(size):
+    """Sums over any batch size equal those over all images at once (option A), or over
+    micro-batches in order, the last one filled from the start (option B)."""
+    config = tiny_config(eval_batch_size=size)
+    experiment = build(config)
+    test = Split(*(a[:99] for a in experiment.test))
+    result = experiment.evaluate(experiment.state, test)
+
+    variables = {
+        "params": experiment.state.params,
+        "batch_stats": experiment.state.batch_stats,
+    }
+    train = np.asarray(experiment.train.images, np.float64)
+    images = (jnp.concatenate([test.images, test.images[:1]]) - train.mean()) / (
+        train.std()
+    )
+
+    def metrics(logits):
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, test.labels)
+        return loss.mean(), (logits.argmax(-1) == test.labels).mean()
+
+    network = experiment.network
+    logits = network.apply(variables, images[:99], use_running_average=True)
+    loss, accuracy = metrics(logits)
+    np.testing.assert_allclose(result["moving_loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(result["moving_accuracy"], accuracy, rtol=1e-6)
+
+    forward = jax.jit(
+        lambda x: network.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"]
+        )[0]
+    )
+    logits = np.concatenate([forward(x) for x in images.reshape(50, 2, 8, 8, 1)])
+    loss, accuracy = metrics(logits[:99])
+    np.testing.assert_allclose(result["batch_loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(result["batch_accuracy"], accuracy, rtol=1e-6)
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
+    experiment = build(tiny_config(dtype="bfloat16"))
+    state, metrics = experiment.train_step(experiment.state, experiment.train, INDEX)
+    chex.assert_type(jax.tree.leaves((state.params, state.batch_stats)), jnp.float32)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_monte_carlo_transition_trains():
+    config = tiny_config()
+    experiment = build(config)
+    network = experiment.network.copy(
+        conv=functools.partial(kf.Conv, transition="monte_carlo")
+    )
+    optimizer = make_optimizer(config, make_schedule(config, 8))
+    state = create_state(network, optimizer, jax.random.key(0), (8, 8, 1))
+    step = make_train_step(network, optimizer, lambda x: x / 8.0 - 1.0, config)
+    state, first = step(state, experiment.train, INDEX)
+    for _ in range(20):
+        state, last = step(state, experiment.train, INDEX)
+    assert last["loss"] < 0.5 * first["loss"]
+
+
+def test_micro_batch_size_must_divide():
+    with pytest.raises(ValueError, match=r"8 examples .* micro-batches of 3"):
+        micro_batches(jnp.zeros((8, 2)), 3)
+    with pytest.raises(ValueError, match="micro_batch_size 3 does not divide"):
+        build(tiny_config(micro_batch_size=3))
