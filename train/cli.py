@@ -29,4 +29,16 @@ def run(main: Callable[[], None]) -> None:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses flags; what ml_collections raises for a bad --config is input as well."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # For an unknown key the message lies in a KeyError inside, whose text is a repr.
+        message = error.args[0] if error.args else error
+        if isinstance(message, KeyError):
+            message = message.args[0]
+        sys.exit(f"error: bad --config: {message}")

@@ -105,5 +105,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
     flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

@@ -36,5 +36,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
     flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -1,0 +1,151 @@
+"""The commands as a user types them, and what they say to bad input."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from train import report
+from train.compare import Entry, parse_entries
+
+TINY = (
+    "--config=configs/digits.py",
+    "--config.train_examples=64",
+    "--config.width=4",
+    "--config.batch_size=8",
+    "--config.epochs=2",
+)
+
+
+def run(module, *arguments, status=0):
+    """Returns what the command prints, standard output then standard error."""
+    environment = os.environ | {"XLA_FLAGS": "", "TFDS_DATA_DIR": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_train_then_evaluate(tmp_path):
+    out = run("train", *TINY, f"--workdir={tmp_path}/run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    accuracies = [
+        f"{summary[key]:.2%}" for key in ("test_moving_accuracy", "test_batch_accuracy")
+    ]
+    assert "batch 8, micro-batch 2, 1 device(s), 16 steps" in out
+    assert "img/s" in out and "loss=" in out  # the progress bar
+    for accuracy in accuracies:
+        assert accuracy in out
+    out = run("train.evaluate", f"--workdir={tmp_path}/run")
+    assert "step 16, 297 test images" in out
+    for accuracy in accuracies:
+        assert accuracy in out
+
+
+def test_compare_resumes_and_reports(tmp_path):
+    arguments = (
+        *TINY,
+        "--norms=kalman,batch@8",
+        "--micro_batch_sizes=2",
+        "--seeds=2",
+        f"--workdir={tmp_path}",
+    )
+    out = run("train.compare", *arguments)
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [(r["norm"], r["micro_batch_size"], r["seed"]) for r in rows]
+    entries = [("kalman", "2"), ("batch", "8")]
+    assert names == [(*entry, seed) for seed in "01" for entry in entries]
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["command"].startswith("python -m train.compare --config=configs/")
+    assert [str(r["seed"]) for r in content["runs"]] == [r["seed"] for r in rows]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    a, b = (float(r["test_moving_accuracy"]) for r in rows if r["norm"] == "batch")
+    assert re.search(rf"\| batch +\| 8 +\| 8 .* {50 * (a + b):.2f} ± \d", table[3])
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/summary.json")}
+    assert len(before) == 4
+    assert table == [
+        line
+        for line in run("train.compare", *arguments).splitlines()
+        if line.startswith("|")
+    ]
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("train", [*TINY, "--config.wdith=4", "--workdir=w"], 'Did you mean "width"'),
+        ("train", [*TINY, "--worldir=w"], "Unknown command line flag 'worldir'"),
+        ("train", TINY, "workdir must have a value"),
+        ("train", ["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+        ("train.evaluate", ["--workdir=nowhere"], "error: no config.json in nowhere"),
+        (
+            "train",
+            ["--config=configs/cifar10_short.py", "--workdir=w", "--data_dir=nowhere"],
+            "error: no CIFAR-10 in nowhere/cifar10",
+        ),
+        (
+            "train.compare",
+            [*TINY, "--norms=bacth", "--workdir=w"],
+            "error: unknown normaliser 'bacth'; known are batch",
+        ),
+    ],
+)
+def test_bad_input(module, arguments, message):
+    out = run(module, *arguments, status=1)
+    assert message in out
+    assert "Traceback" not in out
+    assert not pathlib.Path("w").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "train.evaluate", "train.compare"])
+def test_help(module):
+    out = run(module, "--help", status=1)  # absl's choice of status
+    assert "--workdir" in out and "--data_dir" in out
+    assert f"python -m {module} " in out
+
+
+def test_entries():
+    entries = parse_entries(["batch", "kalman@128"], ["2", "4"])
+    assert entries == [Entry("batch", 2), Entry("batch", 4), Entry("kalman", 128)]
+    for norms, sizes in ((["batch@x"], ["2"]), (["batch"], ["0"])):
+        with pytest.raises(ValueError, match="expected a positive number"):
+            parse_entries(norms, sizes)
+
+
+def test_table_means_deviations_and_divergence():
+    def made(norm, seed, accuracy):
+        summary = {
+            "norm": norm,
+            "micro_batch_size": 2,
+            "batch_size": 8,
+            "devices": 1,
+            "seed": seed,
+            "test_moving_accuracy": accuracy,
+            "test_batch_accuracy": 0.5,
+            "final_train_loss": 1.0,
+            "seconds": 3.0,
+        }
+        return report.Run(summary, [])
+
+    lost = {"norm": "group", "micro_batch_size": 2, "seed": 0, "diverged": True}
+    table = report.table(
+        [made("batch", 0, 0.90), made("batch", 1, 0.92), report.Run(lost, [])]
+    )
+    batch, group = table.splitlines()[2:]
+    assert "91.00 ± 1.41" in batch and "50.00 ± 0.00" in batch
+    assert "1, 1 diverged" in group and "nan" not in group

@@ -1,0 +1,137 @@
+"""Whole runs: resuming, refusing, stopping."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests.train.common import tiny_config
+from train import loop, step
+from train import workdir as wd
+from train.experiment import build
+
+
+def last_state(workdir, config):
+    with wd.open_checkpoints(workdir) as checkpoints:
+        return wd.restore(checkpoints, build(config).state)
+
+
+def interrupt_at(monkeypatch, at):
+    """Ctrl-C before update `at`."""
+
+    def make(*args):
+        train_step = step.make_train_step(*args)
+
+        def interrupted(state, *rest):
+            if int(state.step) == at:
+                raise KeyboardInterrupt
+            return train_step(state, *rest)
+
+        return interrupted
+
+    monkeypatch.setattr("train.experiment.make_train_step", make)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    config = tiny_config(crop_padding=1, flip=True)
+    return workdir, config, loop.train(config, workdir)
+
+
+def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
+    """Bit for bit: state, test metrics, and the training metrics in between."""
+    straight, config, summary = finished
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)  # between the checkpoints of steps 8 and 16
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path)
+    assert wd.read_metrics(tmp_path)[-1]["step"] == 12
+    resumed = loop.train(config, tmp_path)
+
+    chex.assert_trees_all_equal(
+        last_state(straight, config), last_state(tmp_path, config)
+    )
+    for key in ("test_moving_accuracy", "test_batch_loss", "final_train_loss", "steps"):
+        assert resumed[key] == summary[key]
+    timing = {"seconds", "images_per_second"}
+    logs = [
+        [{k: v for k, v in line.items() if k not in timing} for line in log]
+        for log in map(wd.read_metrics, (straight, tmp_path))
+    ]
+    by_step = [{line["step"]: line for line in log} for log in logs]
+    # Update 9 is in the log line of 9, together with 7 and 8, or, resumed, without.
+    for line in by_step:
+        line.pop(9)
+    assert by_step[0] == by_step[1]
+
+
+def test_what_a_run_leaves(finished):
+    workdir, config, summary = finished
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert wd.read_config(workdir).to_dict() == json.loads(config.to_json())
+    assert (summary["batch_size"], summary["micro_batch_size"]) == (8, 2)
+    assert (summary["steps"], summary["test_images"]) == (16, 297)
+    assert set(summary["versions"]) >= {"jax", "flax", "python"}
+    assert list((workdir / "tensorboard").glob("events*"))
+    last = wd.read_metrics(workdir)[-1]
+    assert last["test_moving_accuracy"] == summary["test_moving_accuracy"]
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    workdir, config, summary = finished
+    monkeypatch.setattr(loop, "build", None)
+    assert loop.train(config, workdir) == summary
+
+
+def test_killed_between_last_checkpoint_and_summary(finished):
+    workdir, config, summary = finished
+    (workdir / "summary.json").unlink()
+    again = loop.train(config, workdir)
+    assert again["test_moving_accuracy"] == summary["test_moving_accuracy"]
+    assert again["final_train_loss"] == summary["final_train_loss"]
+
+
+def test_workdir_of_another_config_is_refused(finished):
+    workdir, config, _ = finished
+    other = config.copy_and_resolve_references()
+    other.norm, other.seed = "batch", 7
+    with pytest.raises(ValueError, match="another config") as error:
+        loop.train(other, workdir)
+    assert "norm: 'kalman' there, 'batch' asked for" in str(error.value)
+    assert "seed: 0 there, 7 asked for" in str(error.value)
+    assert "width" not in str(error.value)
+
+
+def test_bad_config_claims_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match="unknown normaliser"):
+        loop.train(tiny_config(norm="bacth"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    """The rate explodes in the second epoch: update 9 makes the weights infinite, and
+    update 10 shows it."""
+    config = tiny_config(schedule="step", step_epochs=(1,), step_factors=(1e38,))
+    with pytest.raises(loop.NonFiniteError, match=r"at step (9|10): .*of step 8, is"):
+        loop.train(config, tmp_path)
+    state = last_state(tmp_path, config)
+    assert state.step == 8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_metrics_of_a_crash_are_forgotten(tmp_path):
+    """A half-written line, and lines after the checkpoint."""
+    log = wd.MetricsLog(tmp_path, 0)
+    log.write(5, 1.0, train_loss=2.0)
+    log.write(9, 2.0, train_loss=1.0)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    log = wd.MetricsLog(tmp_path, 8)
+    assert log.seconds == 1.0
+    log.close()
+    assert wd.read_metrics(tmp_path) == [{"step": 5, "seconds": 1.0, "train_loss": 2.0}]
