@@ -37,7 +37,7 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # For an unknown key the message lies in a KeyError inside, whose text is a repr.
+        # For an unknown key the message lies in a KeyError, whose own text is a repr.
         message = error.args[0] if error.args else error
         if isinstance(message, KeyError):
             message = message.args[0]
