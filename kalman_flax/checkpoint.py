@@ -49,7 +49,9 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def export_batch_norm(network: nn.Module, variables: Any, *args: Any, **kwargs: Any):
+def export_batch_norm(
+    network: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
     """Exports a trained network's variables to the same network in plain Flax.
 
     With them a network of `nn.Conv`, `nn.Dense` and `nn.BatchNorm` (same names, same

@@ -113,7 +113,7 @@ def predict_conv(
         return out.reshape(*out.shape[:-2], features)
 
     local = contract(mean, weights, kernel)
-    (var,) = jnp.moveaxis(contract(var, p[None], jnp.square(kernel)), -2, 0)
+    var = contract(var, p[None], jnp.square(kernel))[..., 0, :]
     var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
     mean = local[..., 0, :]
     return KalmanState(mean if bias is None else mean + bias, var)

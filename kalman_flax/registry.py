@@ -38,12 +38,16 @@ _NORMALIZERS = {
     "group": Normalization(functools.partial(GroupNorm, num_groups=4)),
     "kalman": Normalization(KalmanNorm),
     "kalman_paper": Normalization(PaperKalmanNorm),
+    "kalman_mc": Normalization(
+        KalmanNorm, conv=functools.partial(Conv, transition="monte_carlo")
+    ),
     # The released code starts with no state: its first normaliser only observes.
     "kalman_released": Normalization(ReleasedKalmanNorm, input_state=None),
 }
-_STANDARDIZED = functools.partial(Conv, weight_standardization=True)
 NORMALIZERS: dict[str, Normalization] = _NORMALIZERS | {
-    f"{name}_ws": entry._replace(conv=_STANDARDIZED)
+    f"{name}_ws": entry._replace(
+        conv=functools.partial(entry.conv, weight_standardization=True)
+    )
     for name, entry in _NORMALIZERS.items()
 }
 

@@ -6,7 +6,7 @@ import pytest
 import kalman_flax as kf
 from kalman_flax import KalmanNorm, KalmanState
 
-MOMENTUM = ("batch", "kalman", "kalman_paper", "kalman_released")
+MOMENTUM = ("batch", "kalman", "kalman_mc", "kalman_paper", "kalman_released")
 
 
 def made(entry):
@@ -23,6 +23,7 @@ def test_names(name, suffix):
     conv = entry.conv(8, (3, 3))
     assert isinstance(conv, kf.Conv)
     assert conv.weight_standardization == (suffix == "_ws")
+    assert (conv.transition == "monte_carlo") == (name == "kalman_mc")
     known = None if name == "kalman_released" else KalmanState(0.0, 1.0)
     assert entry.input_state == known
 

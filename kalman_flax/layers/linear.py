@@ -43,7 +43,8 @@ class Conv(nn.Module):
         weight_standardization: convolve, and predict, with `standardize_kernel` of the
             kernel.
         transition: how the state is moved: ``"closed_form"``, or ``"monte_carlo"``, the
-            paper's sampling, which needs an RNG named ``"transition"`` at `apply`.
+            paper's sampling, which needs an RNG named ``"transition"`` at `apply` (also
+            in inference, where XLA drops what nobody uses).
 
     Raises:
         ValueError: the input has no height and width, or its state other channels.

@@ -27,7 +27,11 @@ def step(net, variables):
 
     def loss(params):
         logits, updates = net.apply(
-            {**variables, "params": params}, IMAGES, False, mutable=["batch_stats"]
+            {**variables, "params": params},
+            IMAGES,
+            False,
+            mutable=["batch_stats"],
+            rngs={"transition": KEY},  # for the Monte Carlo one
         )
         log_probability = jax.nn.log_softmax(logits)
         return -jnp.mean(log_probability[jnp.arange(2), LABELS]), (logits, updates)
@@ -90,7 +94,8 @@ def test_trains_with_every_normaliser(name):
     params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
     after = step(net, {**variables, "params": params})[0][0]
     assert after < loss
-    logits = net.apply({**variables, "params": params}, IMAGES, True)
+    variables = {**variables, "params": params}
+    logits = net.apply(variables, IMAGES, True, rngs={"transition": KEY})
     chex.assert_tree_all_finite(logits)
 
 

@@ -9,16 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-import kalman_flax as kf
 from tests.train.common import tiny_config
 from train.data import Split
-from train.experiment import build, make_optimizer, make_schedule
-from train.step import (
-    apply_replicas,
-    create_state,
-    make_train_step,
-    micro_batches,
-)
+from train.experiment import build
+from train.step import apply_replicas, micro_batches
 
 INDEX = np.arange(8, dtype=np.int32)
 
@@ -111,19 +105,6 @@ def test_no_retrace_after_the_first_step():
     assert experiment.train_step._cache_size() == 1
 
 
-def test_crops_depend_on_seed_and_step_alone():
-    """Two states of one step see the same images; the next step others."""
-    config = tiny_config(crop_padding=2, flip=True, learning_rate=0.0)
-    losses = []
-    for _ in range(2):
-        experiment = build(config)
-        state, first = experiment.train_step(experiment.state, experiment.train, INDEX)
-        _, second = experiment.train_step(state, experiment.train, INDEX)
-        losses.append((float(first["loss"]), float(second["loss"])))
-    assert losses[0] == losses[1]
-    assert losses[0][0] != losses[0][1]
-
-
 @pytest.mark.parametrize("size", [10, 64, 128, 1000])
 def test_evaluation_counts_every_image_once(size):
     """Sums over any batch size equal those over all images at once (option A), or over
@@ -170,19 +151,34 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     assert np.isfinite(metrics["loss"])
 
 
-def test_monte_carlo_transition_trains():
-    config = tiny_config()
+def losses_of(config, steps):
+    """Training losses of the first updates, always on the same examples."""
     experiment = build(config)
-    network = experiment.network.copy(
-        conv=functools.partial(kf.Conv, transition="monte_carlo")
-    )
-    optimizer = make_optimizer(config, make_schedule(config, 8))
-    state = create_state(network, optimizer, jax.random.key(0), (8, 8, 1))
-    step = make_train_step(network, optimizer, lambda x: x / 8.0 - 1.0, config)
-    state, first = step(state, experiment.train, INDEX)
-    for _ in range(20):
-        state, last = step(state, experiment.train, INDEX)
-    assert last["loss"] < 0.5 * first["loss"]
+    state, losses = experiment.state, []
+    for _ in range(steps):
+        state, metrics = experiment.train_step(state, experiment.train, INDEX)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_monte_carlo_transition_trains_and_evaluates():
+    config = tiny_config(norm="kalman_mc")
+    losses = losses_of(config, steps=20)
+    assert losses[-1] < 0.5 * losses[0]
+    experiment = build(config)
+    result = experiment.evaluate(experiment.state, experiment.test)
+    assert np.isfinite(result["batch_loss"])
+
+
+@pytest.mark.parametrize(
+    "overrides", [dict(norm="kalman_mc"), dict(crop_padding=2, flip=True)]
+)
+def test_draws_depend_on_seed_and_step_alone(overrides):
+    """Samples and crops: anew at every step, the same again in a resumed run."""
+    config = tiny_config(learning_rate=0.0, **overrides)
+    first, second = losses_of(config, steps=2)
+    assert first != second
+    assert [first, second] == losses_of(config, steps=2)
 
 
 def test_micro_batch_size_must_divide():
