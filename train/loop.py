@@ -93,7 +93,8 @@ class _Run:
         with tqdm(
             total=total * config.batch_size,
             initial=start * config.batch_size,
-            desc=f"{config.norm}, micro-batch {config.micro_batch_size}",
+            desc=f"{config.norm}, batch {config.batch_size}, micro-batch"
+            f" {config.micro_batch_size}, seed {config.seed}",
             unit="img",
             unit_scale=True,
             mininterval=1.0,

@@ -22,8 +22,12 @@ SUMMARY = "summary.json"
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that a crash leaves the old file or the new one, never half."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.write_text(text)
     os.replace(draft, path)
 
 
@@ -98,7 +102,7 @@ class MetricsLog:
         """Opens the log of a run that goes on from `step`."""
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         path = workdir / METRICS
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
