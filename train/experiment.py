@@ -51,7 +51,7 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
         ValueError: a setting that cannot be; the message names it.
         FileNotFoundError: the data set is not there.
     """
-    if config.batch_size % config.micro_batch_size:
+    if config.micro_batch_size < 1 or config.batch_size % config.micro_batch_size:
         raise ValueError(
             f"micro_batch_size {config.micro_batch_size} does not divide batch_size"
             f" {config.batch_size}."
@@ -94,6 +94,8 @@ def make_network(config: Any, dataset: Dataset) -> nn.Module:
             f"norm_options is {config.norm_options!r}, which is not JSON ({error});"
             ' expected an object such as {"gain": 0.5, "learn_gain": null}.'
         ) from error
+    if not isinstance(options, dict):
+        raise ValueError(f"norm_options is {config.norm_options}; expected an object.")
     chosen = normalization(config.norm, momentum=config.stats_momentum, **options)
     return ResNet(
         num_classes=dataset.num_classes,

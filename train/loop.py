@@ -19,7 +19,7 @@ from train.experiment import Experiment, build
 
 
 class NonFiniteError(FloatingPointError):
-    """Training produced a NaN or an infinity."""
+    """A loss, a gradient or a parameter became NaN or infinite."""
 
 
 def train(
@@ -39,8 +39,8 @@ def train(
     Raises:
         ValueError: a bad config, or a workdir of another config.
         FileNotFoundError: the data set is not there.
-        NonFiniteError: loss or gradient is NaN or infinite; the last good checkpoint
-            stays.
+        NonFiniteError: a loss, a gradient or a parameter became NaN or infinite; the
+            last good checkpoint stays.
     """
     workdir = pathlib.Path(workdir)
     summary_path = workdir / wd.SUMMARY
@@ -131,9 +131,9 @@ class _Run:
         for step, metrics in enumerate(seen, done - len(seen) + 1):
             if not all(np.isfinite(value) for value in metrics.values()):
                 kept = self.checkpoints.latest_step()
+                found = ", ".join(f"{k} {float(v):g}" for k, v in metrics.items())
                 raise NonFiniteError(
-                    f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
-                    f" at step {step}: training stopped. "
+                    f"training stopped at step {step}: {found}. "
                     + (
                         f"The last good checkpoint, of step {kept}, is kept in"
                         f" {self.checkpoints.directory}."

@@ -138,9 +138,10 @@ def make_train_step(
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, written)), grads = gradient(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=merge_running(written, config.stats_momentum),
             opt_state=opt_state,
         )
@@ -148,6 +149,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels),
             "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(params),
         }
         return state, metrics
 

@@ -82,6 +82,8 @@ def test_options_reach_the_normaliser():
         (dict(norm="kalmann"), "unknown normaliser 'kalmann'; known are batch"),
         (dict(norm_options='{"gian": 1}'), "no attribute .*gian.*gain"),
         (dict(norm_options="gain=1"), "not JSON"),
+        (dict(norm_options="[1]"), "expected an object"),
+        (dict(micro_batch_size=0), "micro_batch_size 0 does not divide"),
         (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
         (dict(dataset="digit"), "unknown data set 'digit'; known are digits"),
         (dict(dtype="float64"), "dtype is 'float64'"),

@@ -112,10 +112,9 @@ def test_bad_config_claims_no_workdir(tmp_path):
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    """The rate explodes in the second epoch: update 9 makes the weights infinite, and
-    update 10 shows it."""
+    """The rate explodes in the second epoch, and the weights with it."""
     config = tiny_config(schedule="step", step_epochs=(1,), step_factors=(1e38,))
-    with pytest.raises(loop.NonFiniteError, match=r"at step (9|10): .*of step 8, is"):
+    with pytest.raises(loop.NonFiniteError, match=r"at step 9: .*of step 8, is"):
         loop.train(config, tmp_path)
     state = last_state(tmp_path, config)
     assert state.step == 8
