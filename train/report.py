@@ -145,8 +145,9 @@ def plot(path: pathlib.Path, runs: list[Run]) -> None:
         label = f"{norm}, {micro}"
         (line,) = _curve(loss, alive, "train_loss", label=label)
         color = line.get_color()
-        _curve(accuracy, alive, "test_moving_accuracy", 100, label=label, color=color)
-        _curve(accuracy, alive, "test_batch_accuracy", 100, ls="--", color=color)
+        style = {"color": line.get_color(), "marker": "o", "markersize": 3}
+        _curve(accuracy, alive, "test_moving_accuracy", 100, **style)
+        _curve(accuracy, alive, "test_batch_accuracy", 100, ls="--", **style)
     for norm, points in by_norm.items():
         points.sort(key=lambda point: point[0])
         color = None
@@ -166,15 +167,21 @@ def plot(path: pathlib.Path, runs: list[Run]) -> None:
                 capsize=3,
             )
             color = bars.lines[0].get_color()
-    loss.set(xlabel="step", ylabel="training loss", title="norm, micro-batch size")
-    accuracy.set(xlabel="step", ylabel="test accuracy (%)", title="A solid, B dashed")
-    sizes.set(xlabel="micro-batch size", xscale="log", title="at the end of training")
+    loss.set(xlabel="step", ylabel="training loss")
+    accuracy.set(
+        xlabel="step",
+        ylabel="test accuracy (%)",
+        title="option A (moving statistics) solid, B (micro-batch) dashed",
+    )
+    sizes.set(xlabel="micro-batch size", title="at the end of training")
     sizes.set_xscale("log", base=2)
+    ticks = sorted({micro for points in by_norm.values() for micro, _ in points})
+    sizes.set_xticks(ticks, [str(tick) for tick in ticks])
     for axes in (loss, accuracy, sizes):
         axes.grid(alpha=0.3)
-    for axes in (loss, sizes):
+    for axes, title in ((loss, "norm, micro-batch size"), (sizes, None)):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", title=title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
