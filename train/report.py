@@ -173,7 +173,7 @@ def plot(path: pathlib.Path, runs: list[Run]) -> None:
         ylabel="test accuracy (%)",
         title="option A (moving statistics) solid, B (micro-batch) dashed",
     )
-    sizes.set(xlabel="micro-batch size", title="at the end of training")
+    sizes.set(xlabel="micro-batch size", title="at the end: A circles, B squares")
     sizes.set_xscale("log", base=2)
     ticks = sorted({micro for points in by_norm.values() for micro, _ in points})
     sizes.set_xticks(ticks, [str(tick) for tick in ticks])
