@@ -2,7 +2,8 @@
 
     python -m train --config=configs/digits.py --workdir=runs/digits
 
-TIMING
+About 10 seconds on two CPU cores, compilation included. Test accuracy around 96 %, by
+moving statistics (one seed, 297 images).
 """
 
 from ml_collections import ConfigDict
