@@ -14,7 +14,7 @@ of the run.) For micro-batches of 128 they use n = 18 and gain 0.95:
 
 The paper prints 92.7 (KN), 91.3 (group norm, 4 groups) and 91.2 (batch norm) at 2.
 
-156,000 updates; at 1.04 seconds each on two CPU cores, two days. Not yet run to the end.
+156,000 updates: two days at 125 images/s on two CPU cores. Not yet run to the end.
 """
 
 from ml_collections import ConfigDict
