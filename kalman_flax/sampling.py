@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kalman_flax.convolution import convolve
 from kalman_flax.observe import observe
-from kalman_flax.state import KalmanState, for_channels
+from kalman_flax.state import KalmanState, for_channels, standard_deviation
 
 
 def sample_conv(
@@ -70,5 +70,4 @@ def sample_dense(
 def _draw(key: jax.Array, state: KalmanState, shape: tuple[int, ...]) -> jax.Array:
     """Draws y ~ N(mu, Sigma) of `shape`, channels last."""
     mean, var = for_channels(state, shape[-1])
-    # The floor keeps the gradient of the square root finite at variance 0.
-    return mean + jnp.sqrt(jnp.maximum(var, 1e-15)) * jax.random.normal(key, shape)
+    return mean + standard_deviation(var) * jax.random.normal(key, shape)

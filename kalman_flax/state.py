@@ -44,6 +44,14 @@ def for_channels(state: KalmanState, channels: int) -> KalmanState:
     return KalmanState(broadcast("mean", state.mean), broadcast("var", state.var))
 
 
+def standard_deviation(var: jax.Array) -> jax.Array:
+    """sqrt(var) with a finite gradient at 0.
+
+    The floor is far below any variance that matters: values at 1e-6 have 1e-12.
+    """
+    return jnp.sqrt(jnp.maximum(var, 0.0) + 1e-15)
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises a ValueError that lists `choices` unless `value` is one of them."""
     if value not in (choices := tuple(choices)):

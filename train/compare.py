@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from kalman_flax import NORMALIZERS
 from train import cli, report
 from train import workdir as wd
+from train.experiment import check
 from train.loop import NonFiniteError, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
@@ -46,15 +47,11 @@ def parse_entries(norms: list[str], sizes: list[str]) -> list[Entry]:
     """Returns the rows for `norms`, ``name`` or ``name@size``, and micro-batch `sizes`.
 
     Raises:
-        ValueError: an unknown name, or a size that is not a positive number.
+        ValueError: a size that is not a positive number.
     """
     entries = []
     for norm in norms:
         name, at, own = norm.partition("@")
-        if name not in NORMALIZERS:
-            raise ValueError(
-                f"unknown normaliser {name!r}; known are {', '.join(NORMALIZERS)}."
-            )
         for size in [own] if at else sizes:
             if not size.isdigit() or int(size) < 1:
                 raise ValueError(
@@ -78,6 +75,8 @@ def main() -> None:
     sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]
     runs = []
     entries = parse_entries(_NORMS.value, sizes)
+    for entry in entries:  # not after hours of runs
+        check(configure(config, entry, seed=0))
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
             run_config = configure(config, entry, seed)

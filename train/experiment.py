@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from kalman_flax import ResNet, normalization
+from kalman_flax import Normalization, ResNet, normalization
 from kalman_flax.state import check_choice
 from train.data import Dataset, Split, load_dataset, make_standardize
 from train.step import (
@@ -51,11 +51,7 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
         ValueError: a setting that cannot be; the message names it.
         FileNotFoundError: the data set is not there.
     """
-    if config.micro_batch_size < 1 or config.batch_size % config.micro_batch_size:
-        raise ValueError(
-            f"micro_batch_size {config.micro_batch_size} does not divide batch_size"
-            f" {config.batch_size}."
-        )
+    check(config)
     dataset = load_dataset(config.dataset, data_dir)
     train = dataset.train.take(config.train_examples)
     steps_per_epoch = len(train.labels) // config.batch_size
@@ -84,9 +80,18 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
     )
 
 
-def make_network(config: Any, dataset: Dataset) -> nn.Module:
-    """Builds the network, with the normaliser that `config` names."""
-    check_choice("dtype", config.dtype, ("float32", "bfloat16"))
+def check(config: Any) -> None:
+    """Raises a ValueError for batch sizes or a normaliser that cannot be."""
+    if config.micro_batch_size < 1 or config.batch_size % config.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size {config.micro_batch_size} does not divide batch_size"
+            f" {config.batch_size}."
+        )
+    make_normalization(config)
+
+
+def make_normalization(config: Any) -> Normalization:
+    """Looks up the normaliser that `config` names, and sets its options."""
     try:
         options = json.loads(config.norm_options)
     except json.JSONDecodeError as error:
@@ -96,14 +101,19 @@ def make_network(config: Any, dataset: Dataset) -> nn.Module:
         ) from error
     if not isinstance(options, dict):
         raise ValueError(f"norm_options is {config.norm_options}; expected an object.")
-    chosen = normalization(config.norm, momentum=config.stats_momentum, **options)
+    return normalization(config.norm, momentum=config.stats_momentum, **options)
+
+
+def make_network(config: Any, dataset: Dataset) -> nn.Module:
+    """Builds the network, with the normaliser that `config` names."""
+    check_choice("dtype", config.dtype, ("float32", "bfloat16"))
     return ResNet(
         num_classes=dataset.num_classes,
         blocks_per_stage=config.blocks_per_stage,
         width=config.width,
         scan=config.scan_blocks,
         dtype=jnp.dtype(config.dtype),
-        **chosen._asdict(),
+        **make_normalization(config)._asdict(),
     )
 
 

@@ -145,6 +145,8 @@ class _Run:
         return seen
 
     def _report(self, done: int, bar: tqdm) -> None:
+        """Logs means over the updates since the last look; a checkpoint is a look too,
+        so that a run resumed from it logs the same."""
         seen = self._look(done)
         if not seen:  # a checkpoint has just looked
             return

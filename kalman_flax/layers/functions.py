@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kalman_flax.layers.signal import Signal, as_signal, state_of, through
 from kalman_flax.observe import observe
 from kalman_flax.predict import (
+    pad_last_axis,
     predict_avg_pool,
     predict_concatenate,
     predict_pad_channels,
@@ -78,11 +79,11 @@ def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:
 
 def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax.Array:
     """Adds channels of zeros, as the parameter-free shortcut of a CIFAR ResNet does."""
-
-    def pad(value: jax.Array) -> jax.Array:
-        return jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(before, after)])
-
-    return through(x, pad, lambda s: predict_pad_channels(s, before, after))
+    return through(
+        x,
+        lambda value: pad_last_axis(value, before, after),
+        lambda s: predict_pad_channels(s, before, after),
+    )
 
 
 def concatenate(xs: Sequence[Signal | jax.Array]) -> Signal | jax.Array:

@@ -103,6 +103,11 @@ def test_compare_resumes_and_reports(tmp_path):
             [*TINY, "--norms=bacth", "--workdir=w"],
             "error: unknown normaliser 'bacth'; known are batch",
         ),
+        (
+            "train.compare",
+            [*TINY, "--norms=batch,kalman@3", "--workdir=w"],
+            "error: micro_batch_size 3 does not divide batch_size 8",
+        ),
     ],
 )
 def test_bad_input(module, arguments, message):
