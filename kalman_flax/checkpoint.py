@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from kalman_flax.layers.linear import Conv, standardize_kernel
+from kalman_flax.layers.linear import Conv
 
 
 def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
@@ -56,8 +56,8 @@ def export_batch_norm(
 
     With them a network of `nn.Conv`, `nn.Dense` and `nn.BatchNorm` (same names, same
     epsilon) gives the same outputs by moving statistics: gain and process noise are
-    gone, standardised kernels are stored as they are used, and automatic names become
-    ``BatchNorm_3``.
+    gone, kernels are stored as they are used (`Conv.kernel_map`), and automatic names
+    become ``BatchNorm_3``.
 
     Args:
         network: the module that `variables` belong to.
@@ -68,11 +68,12 @@ def export_batch_norm(
     Returns:
         ``{"params": ..., "batch_stats": ...}``.
     """
-    standardized = set()
+    kernel_maps = {}
 
     def note(call, call_args, call_kwargs, context):
-        if isinstance(context.module, Conv) and context.module.weight_standardization:
-            standardized.add("/".join(("params", *context.module.path, "kernel")))
+        if isinstance(context.module, Conv) and context.module.kernel_map:
+            path = "/".join(("params", *context.module.path, "kernel"))
+            kernel_maps[path] = context.module.kernel_map
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(note):
@@ -80,7 +81,7 @@ def export_batch_norm(
     flat = traverse_util.flatten_dict(variables, sep="/")
     learned = _filter_params(flat)
     exported = {
-        path: standardize_kernel(leaf) if path in standardized else leaf
+        path: kernel_maps.get(path, lambda kernel: kernel)(leaf)
         for path, leaf in flat.items()
         if path not in learned
     }

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from kalman_flax.baselines.flax_norms import BatchNorm, GroupNorm
+from kalman_flax.layers.functions import relu
 from kalman_flax.layers.kalman_norm import (
     KalmanNorm,
     PaperKalmanNorm,
     ReleasedKalmanNorm,
 )
-from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.linear import Conv, standardize_kernel
+from kalman_flax.layers.signal import Signal
 from kalman_flax.state import KalmanState
 
 
@@ -26,11 +28,14 @@ class Normalization(NamedTuple):
         norm: factory of the normaliser.
         conv: factory of the convolutions.
         input_state: what the filter knows of the input, or None.
+        activation: what the network applies to what is normalised; the identity for a
+            normaliser that has a nonlinearity of its own.
     """
 
     norm: Callable[..., nn.Module]
     conv: Callable[..., nn.Module] = Conv
     input_state: KalmanState | None = KalmanState(0.0, 1.0)
+    activation: Callable[[Signal], Signal] = relu
 
 
 _NORMALIZERS = {
@@ -46,7 +51,7 @@ _NORMALIZERS = {
 }
 NORMALIZERS: dict[str, Normalization] = _NORMALIZERS | {
     f"{name}_ws": entry._replace(
-        conv=functools.partial(entry.conv, weight_standardization=True)
+        conv=functools.partial(entry.conv, kernel_map=standardize_kernel)
     )
     for name, entry in _NORMALIZERS.items()
 }

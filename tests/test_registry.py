@@ -22,7 +22,7 @@ def test_names(name, suffix):
     assert getattr(norm, "momentum", None) == (0.7 if name in MOMENTUM else None)
     conv = entry.conv(8, (3, 3))
     assert isinstance(conv, kf.Conv)
-    assert conv.weight_standardization == (suffix == "_ws")
+    assert (conv.kernel_map is kf.standardize_kernel) == (suffix == "_ws")
     assert (conv.transition == "monte_carlo") == (name == "kalman_mc")
     known = None if name == "kalman_released" else KalmanState(0.0, 1.0)
     assert entry.input_state == known

@@ -24,14 +24,26 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: number of parameter updates so far, int32 ``[]``.
-        params, batch_stats: the network's collections.
+        params, batch_stats, gradient_stats: the network's collections. What is in
+            ``gradient_stats`` was observed in the backward pass: its gradient is its
+            next value.
         opt_state: the optimiser's.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
+    gradient_stats: Any
     opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The network's collections, as its `apply` takes them."""
+        return {
+            "params": self.params,
+            "batch_stats": self.batch_stats,
+            "gradient_stats": self.gradient_stats,
+        }
 
 
 def create_state(
@@ -52,6 +64,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
+        gradient_stats=variables.get("gradient_stats", {}),
         opt_state=optimizer.init(variables["params"]),
     )
 
@@ -77,7 +90,7 @@ def apply_replicas(
 
     Args:
         network: maps images to logits.
-        variables: ``params`` and ``batch_stats``, the same for all replicas.
+        variables: the network's collections, the same for all replicas.
         images: ``[N, H, W, C]``.
         micro_batch_size: examples that share statistics; divides N.
         key: for the Monte Carlo transition.
@@ -124,10 +137,10 @@ def make_train_step(
         )
         labels = train.labels[index]
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        def loss_fn(learned: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             logits, written = apply_replicas(
                 network,
-                {"params": params, "batch_stats": state.batch_stats},
+                state.variables | learned,
                 standardize(images),
                 config.micro_batch_size,
                 replica_key,
@@ -136,13 +149,20 @@ def make_train_step(
             return jnp.mean(loss), (logits, written)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, written)), grads = gradient(state.params)
+        (loss, (logits, written)), grads = gradient(
+            {"params": state.params, "gradient_stats": state.gradient_stats}
+        )
+        # Summed over the replicas, each of which observed one.
+        replicas = config.batch_size // config.micro_batch_size
+        gradient_stats = jax.tree.map(lambda g: g / replicas, grads["gradient_stats"])
+        grads = grads["params"]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=merge_running(written, config.stats_momentum),
+            gradient_stats=gradient_stats,
             opt_state=opt_state,
         )
         metrics = {
@@ -185,13 +205,12 @@ def make_evaluate(
     def sums(
         state: TrainState, split: Split, index: jax.Array, counts: jax.Array
     ) -> Metrics:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         images, labels = standardize(split.images[index]), split.labels[index]
         key = jax.random.fold_in(jax.random.key(config.seed), index[0])
         moving = network.apply(
-            variables, images, use_running_average=True, rngs={RNG: key}
+            state.variables, images, use_running_average=True, rngs={RNG: key}
         )
-        batch, _ = apply_replicas(network, variables, images, micro, key)
+        batch, _ = apply_replicas(network, state.variables, images, micro, key)
         result = {}
         for name, logits in (("moving", moving), ("batch", batch)):
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

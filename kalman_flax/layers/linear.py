@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from kalman_flax.state import KalmanState, check_choice
 
 TRANSITIONS = ("closed_form", "monte_carlo")
 RNG = "transition"  # the Flax RNG stream of the Monte Carlo transition
+_FAN_IN = (-4, -3, -2)  # height, width and input channels of a kernel
 
 
 def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
@@ -28,9 +29,13 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     channels of ``[..., h, w, C, D]``. With kernels of zero mean a constant input gives
     0, which makes the predicted mean nearly exact.
     """
-    axes = (-4, -3, -2)
-    centred = kernel - jnp.mean(kernel, axes, keepdims=True)
-    return centred / (jnp.std(kernel, axes, keepdims=True) + epsilon)
+    std = jnp.std(kernel, _FAN_IN, keepdims=True)
+    return centre_kernel(kernel) / (std + epsilon)
+
+
+def centre_kernel(kernel: jax.Array) -> jax.Array:
+    """W - mean, the mean of each output feature of ``[..., h, w, C, D]``."""
+    return kernel - jnp.mean(kernel, _FAN_IN, keepdims=True)
 
 
 class Conv(nn.Module):
@@ -40,8 +45,8 @@ class Conv(nn.Module):
     ``[h, w, C / groups, features]`` and ``bias`` ``[features]``. Besides:
 
     Attributes:
-        weight_standardization: convolve, and predict, with `standardize_kernel` of the
-            kernel.
+        kernel_map: convolve, and predict, with this function of the kernel, e.g.
+            `standardize_kernel` or `centre_kernel`.
         transition: how the state is moved: ``"closed_form"``, or ``"monte_carlo"``, the
             paper's sampling, which needs an RNG named ``"transition"`` at `apply` (also
             in inference, where XLA drops what nobody uses).
@@ -62,7 +67,7 @@ class Conv(nn.Module):
     precision: jax.lax.PrecisionLike = None
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    weight_standardization: bool = False
+    kernel_map: Callable[[jax.Array], jax.Array] | None = None
     transition: str = "closed_form"
 
     @nn.compact
@@ -87,8 +92,8 @@ class Conv(nn.Module):
             bias = self.param(
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
-        if self.weight_standardization:
-            kernel = standardize_kernel(kernel)
+        if self.kernel_map is not None:
+            kernel = self.kernel_map(kernel)
         geometry = dict(
             strides=_pair(self.strides),
             padding=canonicalize_padding(self.padding, 2),

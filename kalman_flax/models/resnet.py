@@ -20,20 +20,22 @@ _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Block(nn.Module):
-    """norm, relu, conv, norm, relu, conv; plus the filtered stream.
+    """norm, activation, conv, twice; plus the filtered stream.
 
     Attributes:
         features: output channels.
         strides: of the first convolution; the shortcut pools by as much, and grows by
             channels of zeros.
         norm, conv: factories.
-        normalized_input: the input is normalised and rectified already (first block).
+        activation: what follows each norm.
+        normalized_input: the input is normalised and activated already (first block).
     """
 
     features: int
     norm: Callable[..., nn.Module]
     conv: Callable[..., nn.Module]
     strides: int = 1
+    activation: Callable[[Signal], Signal] = relu
     normalized_input: bool = False
 
     @nn.compact
@@ -45,9 +47,9 @@ class Block(nn.Module):
         else:
             norm = self.norm(name="norm1")
             x = norm.filter(x)
-            y = relu(norm.normalize(x))
+            y = self.activation(norm.normalize(x))
         y = conv(strides=self.strides, name="conv1")(y)
-        y = relu(self.norm(name="norm2")(y))
+        y = self.activation(self.norm(name="norm2")(y))
         y = conv(name="conv2")(y)
         return y + self._shortcut(x)
 
@@ -62,7 +64,7 @@ class ResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016, "Identity mappings"), as the released KN
     experiments build it: 3x3 stem, three stages of `blocks_per_stage` blocks with
     width, 2 width and 4 width channels, pooled and zero-padded shortcuts, final norm,
-    relu and global pool.
+    activation and global pool.
 
     Attributes:
         num_classes: number of logits.
@@ -73,6 +75,8 @@ class ResNet(nn.Module):
         conv: factory of the convolutions, `Conv` with options.
         input_state: what the filter knows of the images where they come as a plain
             array: (0, 1) for standardised ones, None for nothing.
+        activation: what follows each norm; the identity for a norm with a nonlinearity
+            of its own.
         scan: run the blocks of a stage that share a shape as one `nn.scan`: compiles
             faster for deep networks, but its gradient is some 50 times slower on CPU.
             Their variables then have a leading axis, under ``stage1_blocks`` and so on.
@@ -85,6 +89,7 @@ class ResNet(nn.Module):
     norm: Callable[..., nn.Module] = KalmanNorm
     conv: Callable[..., nn.Module] = Conv
     input_state: KalmanState | None = KalmanState(0.0, 1.0)
+    activation: Callable[[Signal], Signal] = relu
     scan: bool = False
     dtype: Any = jnp.float32
 
@@ -104,12 +109,14 @@ class ResNet(nn.Module):
         norm = functools.partial(
             self.norm, use_running_average=use_running_average, dtype=self.dtype
         )
-        block = functools.partial(Block, norm=norm, conv=conv)
+        block = functools.partial(
+            Block, norm=norm, conv=conv, activation=self.activation
+        )
         if not isinstance(images, Signal):
             images = Signal(images, self.input_state)
 
         x = conv(self.width, (3, 3), name="stem")(images)
-        x = relu(norm(name="stem_norm")(x))
+        x = self.activation(norm(name="stem_norm")(x))
         for stage in range(3):
             features = self.width * 2**stage
             x = block(
@@ -119,7 +126,7 @@ class ResNet(nn.Module):
                 name=f"stage{stage + 1}_block1",
             )(x)
             x = self._rest_of_stage(functools.partial(block, features), stage + 1, x)
-        x = global_avg_pool(relu(norm(name="final_norm")(x)))
+        x = global_avg_pool(self.activation(norm(name="final_norm")(x)))
         return Dense(self.num_classes, name="head")(x).value.astype(jnp.float32)
 
     def _rest_of_stage(

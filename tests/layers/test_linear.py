@@ -121,7 +121,7 @@ def numpy_standardized(kernel):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weight_standardization(groups, x):
     options = {"features": 6, "kernel_size": (3, 3), "feature_group_count": groups}
-    ours = kf.Conv(**options, weight_standardization=True)
+    ours = kf.Conv(**options, kernel_map=kf.standardize_kernel)
     theirs = nn.Conv(**options)
     variables = randomized(theirs.init(KEY, x))
     chex.assert_trees_all_equal_shapes(ours.init(KEY, x), variables)
@@ -137,7 +137,7 @@ def test_weight_standardization(groups, x):
 
 def test_weight_standardization_reaches_the_gradient(x):
     """The loss does not change with the scale of a kernel that is standardised."""
-    conv = kf.Conv(6, (3, 3), weight_standardization=True)
+    conv = kf.Conv(6, (3, 3), kernel_map=kf.standardize_kernel)
     params = randomized(conv.init(KEY, x))["params"]
 
     def loss(kernel):
