@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     # Batches
     config.batch_size = 32  # examples per parameter update, over all devices
     config.micro_batch_size = 2  # examples that share statistics
+    config.sort_batches = False  # by class, so that a micro-batch is of one class
 
     # Optimisation: SGD with momentum, weight decay on kernels only
     config.epochs = 10
@@ -45,4 +46,7 @@ def get_config() -> ConfigDict:
     config.eval_epochs = 1  # test accuracy every so many epochs, and at the end
     config.checkpoint_epochs = 1
     config.eval_batch_size = 500
+
+    # Study: (name, keys to change) of the runs that train.compare puts side by side
+    config.variants = ()
     return config

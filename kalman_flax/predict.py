@@ -124,6 +124,28 @@ def predict_sum(a: KalmanState, b: KalmanState) -> KalmanState:
     return KalmanState(a.mean + b.mean, a.var + b.var)
 
 
+def predict_group(state: KalmanState, num_groups: int) -> KalmanState:
+    """Moments of groups of channels, ``[..., C]``, carried by each channel of a group.
+
+    mean = mean of means; var = mean of variances + variance of means, over the channels
+    of the group: the law of total variance, exact.
+
+    Raises:
+        ValueError: a group count that does not divide C.
+    """
+    channels = state.mean.shape[-1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but the state has {channels} channels; choose"
+            " a divisor of the channel count."
+        )
+    size = channels // num_groups
+    mean, var = (stat.reshape(*stat.shape[:-1], num_groups, size) for stat in state)
+    var = jnp.mean(var, axis=-1) + jnp.var(mean, axis=-1)
+    mean = jnp.mean(mean, axis=-1)
+    return KalmanState(*(jnp.repeat(stat, size, axis=-1) for stat in (mean, var)))
+
+
 def predict_concatenate(states: Sequence[KalmanState]) -> KalmanState:
     """State of branches joined along the channel axis: joins theirs, ``[..., C_i]``."""
     return KalmanState(

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from kalman_flax.baselines.flax_norms import BatchNorm, GroupNorm
+from kalman_flax.baselines.batch_renorm import BatchRenorm
+from kalman_flax.baselines.cross_iteration import (
+    CrossIterationBatchNorm,
+    CrossIterationConv,
+)
+from kalman_flax.baselines.evonorm import EvoNormB0, EvoNormS0
+from kalman_flax.baselines.filter_response_norm import FilterResponseNorm
+from kalman_flax.baselines.flax_norms import (
+    BatchNorm,
+    FrozenBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+)
+from kalman_flax.baselines.moving_average_norm import MovingAverageBatchNorm
+from kalman_flax.baselines.online_norm import OnlineNorm
+from kalman_flax.baselines.weight_norm import Bias, weight_norm_conv
 from kalman_flax.layers.functions import relu
+from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
 from kalman_flax.layers.kalman_norm import (
     KalmanNorm,
     PaperKalmanNorm,
     ReleasedKalmanNorm,
 )
-from kalman_flax.layers.linear import Conv, standardize_kernel
+from kalman_flax.layers.linear import (
+    Conv,
+    centre_kernel,
+    scaled_standardize_kernel,
+    standardize_kernel,
+)
 from kalman_flax.layers.signal import Signal
 from kalman_flax.state import KalmanState
 
@@ -38,9 +60,31 @@ class Normalization(NamedTuple):
     activation: Callable[[Signal], Signal] = relu
 
 
-_NORMALIZERS = {
+def _identity(x: Signal) -> Signal:
+    return x
+
+
+NORMALIZERS: dict[str, Normalization] = {
+    # By the statistics of the micro-batch
     "batch": Normalization(BatchNorm),
+    "batch_renorm": Normalization(BatchRenorm),
+    "frozen_batch": Normalization(FrozenBatchNorm),
+    "moving_average": Normalization(
+        MovingAverageBatchNorm, conv=functools.partial(Conv, kernel_map=centre_kernel)
+    ),
+    "cross_iteration": Normalization(CrossIterationBatchNorm, conv=CrossIterationConv),
+    "online": Normalization(OnlineNorm),
+    "evonorm_b0": Normalization(EvoNormB0, activation=_identity),
+    # By those of each image, or by none
+    "weight": Normalization(Bias, conv=weight_norm_conv),
+    "layer": Normalization(LayerNorm),
+    "instance": Normalization(InstanceNorm),
     "group": Normalization(functools.partial(GroupNorm, num_groups=4)),
+    "filter_response": Normalization(FilterResponseNorm, activation=_identity),
+    "evonorm_s0": Normalization(
+        functools.partial(EvoNormS0, num_groups=4), activation=_identity
+    ),
+    # By the filter
     "kalman": Normalization(KalmanNorm),
     "kalman_paper": Normalization(PaperKalmanNorm),
     "kalman_mc": Normalization(
@@ -48,41 +92,54 @@ _NORMALIZERS = {
     ),
     # The released code starts with no state: its first normaliser only observes.
     "kalman_released": Normalization(ReleasedKalmanNorm, input_state=None),
+    "group_kalman": Normalization(functools.partial(GroupKalmanNorm, num_groups=4)),
 }
-NORMALIZERS: dict[str, Normalization] = _NORMALIZERS | {
-    f"{name}_ws": entry._replace(
-        conv=functools.partial(entry.conv, kernel_map=standardize_kernel)
-    )
-    for name, entry in _NORMALIZERS.items()
+
+#: Ends of names, and the kernels that they stand for.
+KERNEL_MAPS = {
+    "_ws": standardize_kernel,
+    "_sws": scaled_standardize_kernel,
+    "_wc": centre_kernel,
 }
 
 
 def normalization(
-    name: str, *, momentum: float = 0.99, **options: Any
+    name: str,
+    *,
+    momentum: float = 0.99,
+    known: Mapping[str, Normalization] = NORMALIZERS,
+    **options: Any,
 ) -> Normalization:
-    """Looks up a normaliser, ``"_ws"`` at the end of its name for weight-standardised
-    kernels, and sets its attributes.
+    """Looks up a normaliser and sets its attributes.
 
     Args:
-        name: a key of `NORMALIZERS`.
+        name: a key of `known`; ``"_ws"``, ``"_sws"`` or ``"_wc"`` at its end
+            standardises or centres the kernels, see `KERNEL_MAPS`.
         momentum: of the running statistics; unused by those that keep none.
+        known: the normalisers by name.
         **options: attributes of the normaliser.
 
     Raises:
         ValueError: unknown name or attribute; both are listed.
     """
-    if name not in NORMALIZERS:
+    stem, _, suffix = name.rpartition("_")
+    kernel_map = KERNEL_MAPS.get(f"_{suffix}")
+    entry = known.get(name if kernel_map is None else stem)
+    if entry is None:
         raise ValueError(
-            f"unknown normaliser {name!r}; known are {', '.join(NORMALIZERS)}."
+            f"unknown normaliser {name!r}; known are {', '.join(known)}, each also with"
+            f" standardised kernels: NAME{', NAME'.join(KERNEL_MAPS)}."
         )
-    entry = NORMALIZERS[name]
+    if kernel_map is not None:
+        conv = functools.partial(entry.conv, kernel_map=kernel_map)
+        entry = entry._replace(conv=conv)
     cls = entry.norm.func if isinstance(entry.norm, functools.partial) else entry.norm
-    known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    if unknown := sorted(set(options) - known):
+    attributes = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+    if unknown := sorted(set(options) - attributes):
         raise ValueError(
             f"{cls.__name__} ({name!r}) has no attribute {unknown};"
-            f" it has {sorted(known)}."
+            f" it has {sorted(attributes)}."
         )
-    if "momentum" in known:
+    if "momentum" in attributes:
         options["momentum"] = momentum
     return entry._replace(norm=functools.partial(entry.norm, **options))

@@ -6,7 +6,46 @@ import pytest
 import kalman_flax as kf
 from kalman_flax import KalmanNorm, KalmanState
 
-MOMENTUM = ("batch", "kalman", "kalman_mc", "kalman_paper", "kalman_released")
+CLASSES = {
+    "batch": kf.BatchNorm,
+    "batch_renorm": kf.BatchRenorm,
+    "cross_iteration": kf.CrossIterationBatchNorm,
+    "evonorm_b0": kf.EvoNormB0,
+    "evonorm_s0": kf.EvoNormS0,
+    "filter_response": kf.FilterResponseNorm,
+    "frozen_batch": kf.FrozenBatchNorm,
+    "group": kf.GroupNorm,
+    "group_kalman": kf.GroupKalmanNorm,
+    "instance": kf.InstanceNorm,
+    "kalman": KalmanNorm,
+    "kalman_mc": KalmanNorm,
+    "kalman_paper": KalmanNorm,
+    "kalman_released": KalmanNorm,
+    "layer": kf.LayerNorm,
+    "moving_average": kf.MovingAverageBatchNorm,
+    "online": kf.OnlineNorm,
+    "weight": kf.Bias,
+}
+NO_MOMENTUM = {
+    "evonorm_s0",
+    "filter_response",
+    "group",
+    "group_kalman",
+    "instance",
+    "layer",
+    "online",
+    "weight",
+}
+#: normalisers with a nonlinearity of their own
+ACTIVATED = {"evonorm_b0", "evonorm_s0", "filter_response"}
+
+
+KERNEL_MAP = {
+    "": None,
+    "_ws": kf.standardize_kernel,
+    "_sws": kf.scaled_standardize_kernel,
+    "_wc": kf.centre_kernel,
+}
 
 
 def made(entry):
@@ -14,35 +53,37 @@ def made(entry):
     return entry.norm(use_running_average=True, dtype=jnp.float32, name="norm")
 
 
-@pytest.mark.parametrize("suffix", ["", "_ws"])
-@pytest.mark.parametrize("name", [*MOMENTUM, "group"])
+@pytest.mark.parametrize("suffix", ["", *kf.KERNEL_MAPS])
+@pytest.mark.parametrize("name", CLASSES)
 def test_names(name, suffix):
     entry = kf.normalization(name + suffix, momentum=0.7)
     norm = made(entry)
-    assert getattr(norm, "momentum", None) == (0.7 if name in MOMENTUM else None)
+    assert type(norm) is CLASSES[name]
+    has_momentum = name not in NO_MOMENTUM
+    assert getattr(norm, "momentum", None) == (0.7 if has_momentum else None)
     conv = entry.conv(8, (3, 3))
+    if name == "weight":
+        conv = conv.layer_instance
     assert isinstance(conv, kf.Conv)
-    assert (conv.kernel_map is kf.standardize_kernel) == (suffix == "_ws")
+    centred = kf.centre_kernel if name == "moving_average" else None
+    assert conv.kernel_map is (KERNEL_MAP[suffix] or centred)
     assert (conv.transition == "monte_carlo") == (name == "kalman_mc")
     known = None if name == "kalman_released" else KalmanState(0.0, 1.0)
     assert entry.input_state == known
+    assert (entry.activation is not kf.relu) == (name in ACTIVATED)
 
 
 def test_all_names_are_tested():
-    names = {*MOMENTUM, "group"}
-    assert set(kf.NORMALIZERS) == names | {f"{name}_ws" for name in names}
+    assert set(kf.NORMALIZERS) == set(CLASSES)
 
 
-def test_classes_and_presets():
-    assert isinstance(made(kf.normalization("batch")), kf.BatchNorm)
-    group = made(kf.normalization("group"))
-    assert isinstance(group, kf.GroupNorm)
-    assert group.num_groups == 4
+def test_presets():
+    for name in ("group", "group_kalman", "evonorm_s0"):  # as in the released code
+        assert made(kf.normalization(name)).num_groups == 4
     kalman, paper, released = (
         made(kf.normalization(name))
         for name in ("kalman", "kalman_paper", "kalman_released")
     )
-    assert {type(n) for n in (kalman, paper, released)} == {KalmanNorm}
     assert (kalman.hand_on, kalman.rule, kalman.noise) == (
         "normalized",
         "mixture",

@@ -1,7 +1,12 @@
-"""Trains normalisers side by side and prints one table.
+"""Trains normalisers, or the variants of a study, side by side and prints one table.
 
     python -m train.compare --config=configs/digits.py --norms=batch,group,kalman \\
         --micro_batch_sizes=2,32 --seeds=3 --workdir=runs/compare
+
+A config that lists variants is a study, and needs no --norms:
+
+    python -m train.compare --config=configs/ablation.py --workdir=runs/ablation \\
+        --data_dir=DIR
 
 Finished runs are kept and interrupted ones go on when the command runs again. Writes
 comparison.csv, comparison.json (with command, hardware, versions) and comparison.png.
@@ -9,13 +14,15 @@ comparison.csv, comparison.json (with command, hardware, versions) and compariso
 
 import copy
 import pathlib
-from typing import NamedTuple
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from kalman_flax import NORMALIZERS
-from train import cli, report
+from train import cli, figure, report
 from train import workdir as wd
 from train.experiment import check
 from train.loop import NonFiniteError, train
@@ -23,12 +30,16 @@ from train.loop import NonFiniteError, train
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _NORMS = flags.DEFINE_list(
     "norms",
-    ["batch", "kalman"],
-    f"Normalisers: {', '.join(NORMALIZERS)}. batch@128 is run at that micro-batch size"
-    " alone, whatever --micro_batch_sizes says.",
+    None,
+    f"Normalisers: {', '.join(NORMALIZERS)}; NAME_ws for weight-standardised kernels."
+    " batch@128 is run at that micro-batch size alone, whatever --micro_batch_sizes"
+    " says. Default: the variants of the config, or batch,kalman if it has none.",
 )
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
-    "micro_batch_sizes", None, "Micro-batch sizes (default: the config's)."
+    "micro_batch_sizes",
+    None,
+    "Micro-batch sizes of --norms, and of variants that set none (default: the"
+    " config's).",
 )
 _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
@@ -37,34 +48,54 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
 
 
 class Entry(NamedTuple):
-    """A row of the table."""
+    """A row of the table: what it is called, and the config keys that it sets."""
 
-    norm: str
-    micro_batch_size: int
+    variant: str
+    overrides: dict[str, Any]
 
 
-def parse_entries(norms: list[str], sizes: list[str]) -> list[Entry]:
-    """Returns the rows for `norms`, ``name`` or ``name@size``, and micro-batch `sizes`.
+def parse_norm(text: str) -> Entry:
+    """Returns the entry of ``name`` or ``name@size``, an item of --norms."""
+    name, at, size = text.partition("@")
+    return Entry(name, {"norm": name} | (_micro_batch(size, name) if at else {}))
 
-    Raises:
-        ValueError: a size that is not a positive number.
-    """
-    entries = []
-    for norm in norms:
-        name, at, own = norm.partition("@")
-        for size in [own] if at else sizes:
-            if not size.isdigit() or int(size) < 1:
-                raise ValueError(
-                    f"micro-batch size {size!r} of {name}; expected a positive number."
-                )
-            entries.append(Entry(name, int(size)))
-    return list(dict.fromkeys(entries))
+
+def at_sizes(entries: Iterable[Entry], sizes: list[str]) -> list[Entry]:
+    """Returns the rows of the table: `entries` that set no micro-batch size of their
+    own stand there once for each of `sizes`."""
+    return [
+        Entry(variant, overrides | size)
+        for variant, overrides in entries
+        for size in (
+            [{}]
+            if "micro_batch_size" in overrides
+            else [_micro_batch(size, variant) for size in dict.fromkeys(sizes)]
+        )
+    ]
+
+
+def _micro_batch(size: str, variant: str) -> dict[str, int]:
+    if not size.isdigit() or int(size) < 1:
+        raise ValueError(
+            f"micro-batch size {size!r} of {variant}; expected a positive number."
+        )
+    return {"micro_batch_size": int(size)}
 
 
 def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
-    """Returns the config of one run."""
+    """Returns the config of one run.
+
+    Raises:
+        ValueError: a variant sets a key that there is not.
+    """
     config = copy.deepcopy(config)
-    config.norm, config.micro_batch_size = entry
+    config.variants = ()  # a run is the same in whichever study
+    for key, value in entry.overrides.items():
+        if key not in config:
+            raise ValueError(
+                f"variant {entry.variant!r} sets {key!r}, which is no key of a config."
+            )
+        config[key] = value
     config.seed += seed
     return config
 
@@ -72,23 +103,17 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
 def main() -> None:
     """Runs what is missing, prints the table, writes CSV, JSON and PNG."""
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    entries = [Entry(*variant) for variant in config.variants]
+    if _NORMS.value or not entries:
+        entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
     sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]
-    runs = []
-    entries = parse_entries(_NORMS.value, sizes)
+    entries = at_sizes(entries, sizes)
     for entry in entries:  # not after hours of runs
         check(configure(config, entry, seed=0))
+    runs = []
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
-            run_config = configure(config, entry, seed)
-            run_dir = workdir / (
-                f"{entry.norm}-m{entry.micro_batch_size}-seed{run_config.seed}"
-            )
-            try:
-                summary = train(run_config, run_dir, cli.DATA_DIR.value)
-            except NonFiniteError as error:
-                print(f"{run_dir.name} diverged: {error}")
-                summary = {**entry._asdict(), "seed": run_config.seed, "diverged": True}
-            runs.append(report.Run(summary, wd.read_metrics(run_dir)))
+            runs.append(_run(configure(config, entry, seed), entry.variant, workdir))
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(
@@ -99,8 +124,20 @@ def main() -> None:
             "runs": [r.row() for r in runs],
         },
     )
-    report.plot(workdir / "comparison.png", runs)
+    figure.plot(workdir / "comparison.png", runs)
     print(f"written: {workdir}/comparison.csv, .json, .png")
+
+
+def _run(config: ConfigDict, variant: str, workdir: pathlib.Path) -> report.Run:
+    name = re.sub(r"[^\w.=-]+", "_", variant)
+    run_dir = workdir / f"{name}-m{config.micro_batch_size}-seed{config.seed}"
+    try:
+        summary = train(config, run_dir, cli.DATA_DIR.value)
+    except NonFiniteError as error:
+        print(f"{run_dir.name} diverged: {error}")
+        keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
+        summary = {key: config[key] for key in keys} | {"diverged": True}
+    return report.Run({"variant": variant} | summary, wd.read_metrics(run_dir))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from kalman_flax import Normalization, ResNet, normalization
+from kalman_flax import NORMALIZERS, Normalization, ResNet, normalization
 from kalman_flax.state import check_choice
+from train.controls import CONTROLS
 from train.data import Dataset, Split, load_dataset, make_standardize
 from train.step import (
     Metrics,
@@ -32,6 +33,7 @@ class Experiment:
     train: Split
     test: Split
     network: nn.Module
+    standardize: Callable[[jax.Array], jax.Array]
     state: TrainState
     train_step: Callable[[TrainState, Split, Any], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Split], dict[str, float]]
@@ -69,6 +71,7 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
         train=jax.device_put(train),
         test=jax.device_put(dataset.test),
         network=network,
+        standardize=standardize,
         state=create_state(
             network, optimizer, jax.random.key(config.seed), train.images.shape[1:]
         ),
@@ -101,7 +104,12 @@ def make_normalization(config: Any) -> Normalization:
         ) from error
     if not isinstance(options, dict):
         raise ValueError(f"norm_options is {config.norm_options}; expected an object.")
-    return normalization(config.norm, momentum=config.stats_momentum, **options)
+    return normalization(
+        config.norm,
+        momentum=config.stats_momentum,
+        known=NORMALIZERS | CONTROLS,
+        **options,
+    )
 
 
 def make_network(config: Any, dataset: Dataset) -> nn.Module:

@@ -122,7 +122,11 @@ class _Run:
         examples = len(self.experiment.train.labels)
         start = position * self.config.batch_size
         order = epoch_order(self.config.seed, epoch, examples)
-        return order[start : start + self.config.batch_size]
+        index = order[start : start + self.config.batch_size]
+        if self.config.sort_batches:
+            labels = np.asarray(self.experiment.train.labels)
+            index = index[np.argsort(labels[index], kind="stable")]
+        return index
 
     def _look(self, done: int) -> list[dict[str, float]]:
         """Fetches the metrics since the last look, the newest after `done` steps."""
@@ -181,6 +185,7 @@ def _summary(
         "norm": config.norm,
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
+        "learning_rate": config.learning_rate,
         "devices": 1,
         "seed": config.seed,
         "final_train_loss": losses[-1],

@@ -1,4 +1,4 @@
-"""Tables and figures from the summaries of runs."""
+"""Tables from the summaries of runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 COLUMNS = (
+    "variant",
     "norm",
     "batch_size",
     "micro_batch_size",
+    "learning_rate",
     "devices",
     "seed",
     "test_moving_accuracy",
@@ -53,10 +55,10 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:
-    """Groups runs that differ in the seed alone, by normaliser and micro-batch size."""
+    """Groups runs that differ in the seed alone, by variant and micro-batch size."""
     result: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        key = run.summary["norm"], run.summary["micro_batch_size"]
+        key = run.summary["variant"], run.summary["micro_batch_size"]
         result.setdefault(key, []).append(run)
     return result
 
@@ -70,9 +72,9 @@ def spread(runs: list[Run], column: str) -> tuple[float, float]:
 
 
 def table(runs: list[Run]) -> str:
-    """Returns a Markdown table: a row for each normaliser and micro-batch size."""
+    """Returns a Markdown table: a row for each variant and micro-batch size."""
     header = (
-        "norm",
+        "variant",
         "batch",
         "micro-batch",
         "devices",
@@ -83,13 +85,13 @@ def table(runs: list[Run]) -> str:
         "s / run",
     )
     rows = [header]
-    for (norm, micro), members in groups(runs).items():
+    for (variant, micro), members in groups(runs).items():
         alive = [run for run in members if not run.diverged]
         lost = len(members) - len(alive)
         first = (alive or members)[0].summary
         rows.append(
             (
-                norm,
+                variant,
                 str(first.get("batch_size", "")),
                 str(micro),
                 str(first.get("devices", "")),
@@ -122,85 +124,3 @@ def write_csv(path: pathlib.Path, runs: list[Run]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(run.row() for run in runs)
-
-
-def plot(path: pathlib.Path, runs: list[Run]) -> None:
-    """Draws training loss and test accuracy by step, and accuracy by micro-batch size.
-
-    Lines are means over seeds, bands one standard deviation; the test accuracy is
-    option A (solid) and option B (dashed).
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (loss, accuracy, sizes) = plt.subplots(1, 3, figsize=(15, 4.5))
-    by_norm: dict[str, list[tuple[int, list[Run]]]] = {}
-    for (norm, micro), members in groups(runs).items():
-        alive = [run for run in members if not run.diverged]
-        if not alive:
-            continue
-        by_norm.setdefault(norm, []).append((micro, alive))
-        label = f"{norm}, {micro}"
-        (line,) = _curve(loss, alive, "train_loss", label=label)
-        color = line.get_color()
-        style = {"color": line.get_color(), "marker": "o", "markersize": 3}
-        _curve(accuracy, alive, "test_moving_accuracy", 100, **style)
-        _curve(accuracy, alive, "test_batch_accuracy", 100, ls="--", **style)
-    for norm, points in by_norm.items():
-        points.sort(key=lambda point: point[0])
-        color = None
-        for column, style in (("moving", "o-"), ("batch", "s--")):
-            stats = [
-                spread(members, f"test_{column}_accuracy") for _, members in points
-            ]
-            means, sds = 100 * np.array(stats).T
-            label = norm if column == "moving" else None
-            bars = sizes.errorbar(
-                [m for m, _ in points],
-                means,
-                np.nan_to_num(sds),
-                fmt=style,
-                label=label,
-                color=color,
-                capsize=3,
-            )
-            color = bars.lines[0].get_color()
-    loss.set(xlabel="step", ylabel="training loss")
-    accuracy.set(
-        xlabel="step",
-        ylabel="test accuracy (%)",
-        title="option A (moving statistics) solid, B (micro-batch) dashed",
-    )
-    sizes.set(xlabel="micro-batch size", title="at the end: A circles, B squares")
-    sizes.set_xscale("log", base=2)
-    ticks = sorted({micro for points in by_norm.values() for micro, _ in points})
-    sizes.set_xticks(ticks, [str(tick) for tick in ticks])
-    for axes in (loss, accuracy, sizes):
-        axes.grid(alpha=0.3)
-    for axes, title in ((loss, "norm, micro-batch size"), (sizes, None)):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small", title=title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _curve(
-    axes: Any, runs: list[Run], column: str, factor: float = 1.0, **style: Any
-) -> list[Any]:
-    """Draws the mean over runs of a column by step, with a band of one deviation."""
-    points: dict[int, list[float]] = {}
-    for run in runs:
-        for line in run.metrics:
-            if column in line:
-                points.setdefault(int(line["step"]), []).append(factor * line[column])
-    steps = sorted(points)
-    mean = np.array([np.mean(points[step]) for step in steps])
-    sd = np.array([np.std(points[step]) for step in steps])
-    lines = axes.plot(steps, mean, **style)
-    axes.fill_between(
-        steps, mean - sd, mean + sd, alpha=0.15, color=lines[0].get_color()
-    )
-    return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from kalman_flax import merge_running
+from kalman_flax.baselines.example_weighing import weigh_example
 from kalman_flax.layers.linear import RNG
 from train.data import Split, augment
 
@@ -85,6 +86,7 @@ def apply_replicas(
     images: jax.Array,
     micro_batch_size: int,
     key: jax.Array,
+    mutable: Sequence[str] = ("batch_stats",),
 ) -> tuple[jax.Array, Any]:
     """Runs every micro-batch by its own statistics, as independent replicas.
 
@@ -94,10 +96,11 @@ def apply_replicas(
         images: ``[N, H, W, C]``.
         micro_batch_size: examples that share statistics; divides N.
         key: for the Monte Carlo transition.
+        mutable: collections that the network may write.
 
     Returns:
-        logits ``[N, num_classes]``, and the `batch_stats` that each replica wrote, with
-        a leading axis of replicas.
+        logits ``[N, num_classes]``, and the collections that each replica wrote, with a
+        leading axis of replicas.
     """
     images = micro_batches(images, micro_batch_size)
 
@@ -106,12 +109,12 @@ def apply_replicas(
             variables,
             x,
             use_running_average=False,
-            mutable=["batch_stats"],
+            mutable=mutable,
             rngs={RNG: replica_key},
         )
 
     logits, written = jax.vmap(forward)(images, jax.random.split(key, len(images)))
-    return logits.reshape(-1, logits.shape[-1]), written.get("batch_stats", {})
+    return logits.reshape(-1, logits.shape[-1]), written
 
 
 def make_train_step(
@@ -161,7 +164,9 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=merge_running(written, config.stats_momentum),
+            batch_stats=merge_running(
+                written.get("batch_stats", {}), config.stats_momentum
+            ),
             gradient_stats=gradient_stats,
             opt_state=opt_state,
         )
@@ -190,41 +195,58 @@ def make_evaluate(
     network: nn.Module,
     standardize: Callable[[jax.Array], jax.Array],
     config: Any,
-) -> Callable[[TrainState, Split], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """Returns ``(state, split) -> metrics``: loss and accuracy under both options.
 
     ``moving_*`` normalises by the moving statistics (option A), ``batch_*`` by those of
     each micro-batch of the split (option B). Every image counts exactly once: the last
     batch is filled up with images from the start of the split, which share statistics
-    but do not count.
+    but do not count. A third argument, a number, is a `weigh_example`: then there is
+    ``weighed_*`` alone, option A with every image weighed into its statistics.
     """
     micro = config.micro_batch_size
     size = max(1, config.eval_batch_size // micro) * micro
 
     @jax.jit
     def sums(
-        state: TrainState, split: Split, index: jax.Array, counts: jax.Array
+        state: TrainState,
+        split: Split,
+        index: jax.Array,
+        counts: jax.Array,
+        example_weight: jax.Array | None,
     ) -> Metrics:
         images, labels = standardize(split.images[index]), split.labels[index]
         key = jax.random.fold_in(jax.random.key(config.seed), index[0])
-        moving = network.apply(
-            state.variables, images, use_running_average=True, rngs={RNG: key}
-        )
-        batch, _ = apply_replicas(network, state.variables, images, micro, key)
+
+        def infer() -> jax.Array:
+            return network.apply(
+                state.variables, images, use_running_average=True, rngs={RNG: key}
+            )
+
+        if example_weight is None:
+            batch, _ = apply_replicas(network, state.variables, images, micro, key)
+            outputs = {"moving": infer(), "batch": batch}
+        else:
+            with weigh_example(example_weight):
+                outputs = {"weighed": infer()}
         result = {}
-        for name, logits in (("moving", moving), ("batch", batch)):
+        for name, logits in outputs.items():
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             correct = jnp.argmax(logits, -1) == labels
             result[f"{name}_loss"] = jnp.sum(loss, where=counts)
             result[f"{name}_accuracy"] = jnp.sum(correct, where=counts)
         return result
 
-    def evaluate(state: TrainState, split: Split) -> dict[str, float]:
+    def evaluate(
+        state: TrainState, split: Split, example_weight: float | None = None
+    ) -> dict[str, float]:
         examples = len(split.labels)
         totals: dict[str, float] = {}
         for start in range(0, examples, size):
             index = np.arange(start, start + size, dtype=np.int32)
-            batch = sums(state, split, index % examples, index < examples)
+            batch = sums(
+                state, split, index % examples, index < examples, example_weight
+            )
             for name, value in jax.device_get(batch).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return {name: total / examples for name, total in totals.items()}

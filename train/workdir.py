@@ -92,6 +92,18 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
     )
 
 
+def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
+    """Returns the last checkpoint of a run; `state` gives the structure.
+
+    Raises:
+        FileNotFoundError: there is none in `workdir`.
+    """
+    with open_checkpoints(workdir) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise FileNotFoundError(f"no checkpoint in {workdir}; train for longer.")
+        return restore(checkpoints, state)
+
+
 class MetricsLog:
     """Scalars by step, as JSON lines for our own plots and as TensorBoard events.
 

@@ -22,16 +22,86 @@ from kalman_flax.update import (
 )
 
 
-class _Variables(NamedTuple):
+class Parameters(NamedTuple):
+    """What a Kalman normaliser learns, as its equations use it."""
+
     gain: jax.Array | float  # q in [0, 1], scalar or [C]
     predict_noise: Callable[[KalmanState], KalmanState]  # adds R to a prediction
     scale: jax.Array | None  # gamma, [C]
     bias: jax.Array | None  # beta, [C]
-    mean: nn.Variable  # running mean, [C]
-    var: nn.Variable  # running variance, [C]
+
+    @property
+    def affine(self) -> tuple[jax.Array | float, jax.Array | float]:
+        """Scale and bias, 1 and 0 where they are not used."""
+        return (
+            1.0 if self.scale is None else self.scale,
+            0.0 if self.bias is None else self.bias,
+        )
 
 
-class KalmanNorm(nn.Module):
+class FilterParameters:
+    """Mixin of what every Kalman normaliser learns and how it applies it.
+
+    Its attributes are those of `KalmanNorm`, with the same meaning.
+    """
+
+    def __post_init__(self):
+        check_choice("learn_gain", self.learn_gain, (None, "scalar", "channel"))
+        check_choice("noise", self.noise, (None, "additive", "multiplicative"))
+        check_choice("hand_on", self.hand_on, ("normalized", "raw"))
+        if not 0.0 <= self.gain <= 1.0:
+            raise ValueError(f"gain is {self.gain}; expected a number in [0, 1].")
+        if self.learn_gain and self.gain in (0.0, 1.0):
+            raise ValueError(
+                f"gain is {self.gain}, which a sigmoid never leaves; start a learned"
+                " gain inside (0, 1), or fix it with learn_gain=None."
+            )
+        super().__post_init__()
+
+    def _parameters(self, channels: int) -> Parameters:
+        """To be called in the compact method of the normaliser."""
+        shape = (channels,)
+
+        def optional(used: bool, name: str, init: Any) -> jax.Array | None:
+            return self.param(name, init, shape, self.param_dtype) if used else None
+
+        return Parameters(
+            self._gain(shape),
+            self._noise(shape),
+            optional(self.use_scale, "scale", self.scale_init),
+            optional(self.use_bias, "bias", self.bias_init),
+        )
+
+    def _gain(self, shape: tuple[int, ...]) -> jax.Array | float:
+        if self.learn_gain is None:
+            return self.gain
+        logit = nn.initializers.constant(jax.scipy.special.logit(self.gain))
+        shape = () if self.learn_gain == "scalar" else shape
+        return jax.nn.sigmoid(self.param("gain", logit, shape, jnp.float32))
+
+    def _noise(self, shape: tuple[int, ...]) -> Callable[[KalmanState], KalmanState]:
+        if self.noise is None:
+            return lambda state: state
+        if self.noise == "additive":
+            init = nn.initializers.constant(jnp.log(jnp.expm1(0.01)))
+            r = jax.nn.softplus(self.param("noise", init, shape, jnp.float32))
+            return lambda state: state._replace(var=state.var + r)
+        r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
+        return lambda state: state._replace(var=state.var * r)
+
+    def _normalized_value(
+        self, value: jax.Array, by: KalmanState, parameters: Parameters
+    ) -> jax.Array:
+        """`normalize` with the parameters, in the dtype that `nn.BatchNorm` gives."""
+        scale, bias = parameters.affine
+        y = normalize(value, by, scale, bias, epsilon=self.epsilon, axis=self.axis)
+        dtype = nn.dtypes.canonicalize_dtype(
+            value, parameters.scale, parameters.bias, dtype=self.dtype
+        )
+        return y.astype(dtype)
+
+
+class KalmanNorm(FilterParameters, nn.Module):
     """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
 
     On a Signal with a state: adds process noise R to the predicted variance, combines
@@ -41,7 +111,8 @@ class KalmanNorm(nn.Module):
 
     Attributes are those of `nn.BatchNorm`, and so are the variables: parameters
     ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered moments) in
-    ``batch_stats``, all ``[C]``. Besides:
+    ``batch_stats``, all ``[C]``. Where the collection ``intermediates`` is mutable, the
+    states ``observed``, ``predicted`` and ``filtered`` are left there. Besides:
 
     Attributes:
         gain: q, the weight of the observation in [0, 1]; the value learning starts
@@ -83,17 +154,7 @@ class KalmanNorm(nn.Module):
     outlier_ratio: float | None = None
 
     def __post_init__(self):
-        check_choice("learn_gain", self.learn_gain, (None, "scalar", "channel"))
-        check_choice("noise", self.noise, (None, "additive", "multiplicative"))
         check_choice("rule", self.rule, RULES)
-        check_choice("hand_on", self.hand_on, ("normalized", "raw"))
-        if not 0.0 <= self.gain <= 1.0:
-            raise ValueError(f"gain is {self.gain}; expected a number in [0, 1].")
-        if self.learn_gain and self.gain in (0.0, 1.0):
-            raise ValueError(
-                f"gain is {self.gain}, which a sigmoid never leaves; start a learned"
-                " gain inside (0, 1), or fix it with learn_gain=None."
-            )
         super().__post_init__()
 
     def __call__(
@@ -133,8 +194,8 @@ class KalmanNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = as_signal(x)
-        variables = self._variables(x.value.shape[self.axis])
-        running = KalmanState(variables.mean.value, variables.var.value)
+        parameters, mean, var = self._variables(x.value.shape[self.axis])
+        running = KalmanState(mean.value, var.value)
         predicted = state_of(x, self.axis)
         if predicted is not None and predicted.mean.ndim > 1:
             raise ValueError(
@@ -149,68 +210,50 @@ class KalmanNorm(nn.Module):
             mask=mask,
             axis_name=None if self.is_initializing() else self.axis_name,
         )
+        self._report("observed", state)
         if predicted is not None:
-            predicted = variables.predict_noise(predicted)
+            self._report("predicted", predicted)
+            predicted = parameters.predict_noise(predicted)
             if self.outlier_ratio is not None:
                 predicted = reject_outlier(predicted, state, self.outlier_ratio)
-            state = update(predicted, state, variables.gain, self.rule)
+            state = update(predicted, state, parameters.gain, self.rule)
             # Keeps XLA from computing these small vectors, and those of all layers
             # below that they follow from, again at every pixel.
             state = jax.lax.optimization_barrier(state)
+        self._report("filtered", state)
         if not self.is_initializing():
             kept = self.momentum
-            variables.mean.value = kept * running.mean + (1 - kept) * state.mean
-            variables.var.value = kept * running.var + (1 - kept) * state.var
+            mean.value = kept * running.mean + (1 - kept) * state.mean
+            var.value = kept * running.var + (1 - kept) * state.var
         return x.replace(state=state)
 
     def normalize(self, x: Signal) -> Signal:
         """The second step: normalises what `filter` returned by its state."""
-        variables = self._variables(x.value.shape[self.axis])
-        scale = 1.0 if variables.scale is None else variables.scale
-        bias = 0.0 if variables.bias is None else variables.bias
-        value = normalize(
-            x.value, x.state, scale, bias, epsilon=self.epsilon, axis=self.axis
-        )
-        dtype = nn.dtypes.canonicalize_dtype(
-            x.value, variables.scale, variables.bias, dtype=self.dtype
-        )
+        parameters, *_ = self._variables(x.value.shape[self.axis])
+        value = self._normalized_value(x.value, x.state, parameters)
         state = x.state
         if self.hand_on == "normalized":
-            state = normalized_state(state, scale, bias, epsilon=self.epsilon)
-        return Signal(value.astype(dtype), state)
+            state = normalized_state(state, *parameters.affine, epsilon=self.epsilon)
+        return Signal(value, state)
+
+    def _report(self, name: str, state: KalmanState) -> None:
+        """Leaves `state` in ``intermediates``, where that is mutable."""
+        self.sow(
+            "intermediates",
+            name,
+            state,
+            init_fn=lambda: None,
+            reduce_fn=lambda _, new: new,
+        )
 
     @nn.compact
-    def _variables(self, channels: int) -> _Variables:
+    def _variables(self, channels: int) -> tuple[Parameters, nn.Variable, nn.Variable]:
         shape = (channels,)
-
-        def optional(used: bool, name: str, init: Any) -> jax.Array | None:
-            return self.param(name, init, shape, self.param_dtype) if used else None
-
-        return _Variables(
-            self._gain(shape),
-            self._noise(shape),
-            optional(self.use_scale, "scale", self.scale_init),
-            optional(self.use_bias, "bias", self.bias_init),
+        return (
+            self._parameters(channels),
             self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
             self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
         )
-
-    def _gain(self, shape: tuple[int, ...]) -> jax.Array | float:
-        if self.learn_gain is None:
-            return self.gain
-        logit = nn.initializers.constant(jax.scipy.special.logit(self.gain))
-        shape = () if self.learn_gain == "scalar" else shape
-        return jax.nn.sigmoid(self.param("gain", logit, shape, jnp.float32))
-
-    def _noise(self, shape: tuple[int, ...]) -> Callable[[KalmanState], KalmanState]:
-        if self.noise is None:
-            return lambda state: state
-        if self.noise == "additive":
-            init = nn.initializers.constant(jnp.log(jnp.expm1(0.01)))
-            r = jax.nn.softplus(self.param("noise", init, shape, jnp.float32))
-            return lambda state: state._replace(var=state.var + r)
-        r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
-        return lambda state: state._replace(var=state.var * r)
 
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.

@@ -33,6 +33,18 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     return centre_kernel(kernel) / (std + epsilon)
 
 
+def scaled_standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """Scaled weight standardisation (Brock et al., 2021): `standardize_kernel`, times
+    sqrt(2 / (1 - 1 / pi)) / sqrt(h w C).
+
+    A rectified Gaussian keeps its variance through such a kernel, so that in a residual
+    network the branches do not drown the stream.
+    """
+    height, width, channels, _ = kernel.shape[-4:]
+    gain = np.sqrt(2 / (1 - 1 / np.pi) / (height * width * channels))
+    return standardize_kernel(kernel, epsilon) * gain
+
+
 def centre_kernel(kernel: jax.Array) -> jax.Array:
     """W - mean, the mean of each output feature of ``[..., h, w, C, D]``."""
     return kernel - jnp.mean(kernel, _FAN_IN, keepdims=True)

@@ -1,6 +1,7 @@
 """The commands as a user types them, and what they say to bad input."""
 
 import csv
+import importlib
 import json
 import os
 import pathlib
@@ -10,9 +11,12 @@ import sys
 
 import pytest
 
+from tests.train.common import tiny_config
 from train import report
-from train.compare import Entry, parse_entries
+from train.compare import Entry, at_sizes, configure, parse_norm
+from train.experiment import check
 
+STUDIES = ("ablation", "micro_batch_sizes", "single_device", "robustness")
 TINY = (
     "--config=configs/digits.py",
     "--config.train_examples=64",
@@ -124,18 +128,57 @@ def test_help(module):
     assert f"python -m {module} " in out
 
 
-def test_entries():
-    entries = parse_entries(["batch", "kalman@128"], ["2", "4"])
-    assert entries == [Entry("batch", 2), Entry("batch", 4), Entry("kalman", 128)]
-    for norms, sizes in ((["batch@x"], ["2"]), (["batch"], ["0"])):
+def test_norms_at_micro_batch_sizes():
+    def entry(norm, size):
+        return Entry(norm, {"norm": norm, "micro_batch_size": size})
+
+    norms = [parse_norm("batch"), parse_norm("kalman@128")]
+    expected = [entry("batch", 2), entry("batch", 4), entry("kalman", 128)]
+    assert at_sizes(norms, ["2", "4", "2"]) == expected
+    for norm, size in (("batch@x", "2"), ("batch", "0")):
         with pytest.raises(ValueError, match="expected a positive number"):
-            parse_entries(norms, sizes)
+            at_sizes([parse_norm(norm)], [size])
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies_can_be_run(study):
+    """Every variant is a config that `check` accepts, and no two are the same run."""
+    config = importlib.import_module(f"configs.{study}").get_config()
+    runs = set()
+    for entry in at_sizes([Entry(*v) for v in config.variants], ["2"]):
+        run = configure(config, entry, seed=0)
+        check(run)
+        runs.add(run.to_json())
+    assert len(runs) == len(config.variants) > 3
+
+
+def test_a_study_names_its_unknown_keys():
+    config = tiny_config()
+    with pytest.raises(ValueError, match="'wide' sets 'wdith', which is no key"):
+        configure(config, Entry("wide", {"wdith": 8}), seed=0)
+
+
+def test_compare_runs_the_variants_of_a_study(tmp_path):
+    study = tmp_path / "study.py"
+    study.write_text(
+        "from tests.train.common import tiny_config\n"
+        "def get_config():\n"
+        "    return tiny_config(variants=(\n"
+        "        ('gain 0.5', {'norm_options': '{\"gain\": 0.5}'}),\n"
+        "        ('sorted', {'sort_batches': True, 'micro_batch_size': 4})))\n"
+    )
+    out = run("train.compare", f"--config={study}", f"--workdir={tmp_path}/runs")
+    rows = [line.split("|")[1:4] for line in out.splitlines() if line[:1] == "|"][2:]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells == [["gain 0.5", "8", "2"], ["sorted", "8", "4"]]
+    config = json.loads((tmp_path / "runs/sorted-m4-seed0/config.json").read_text())
+    assert config["sort_batches"] and config["variants"] == []
 
 
 def test_table_means_deviations_and_divergence():
     def made(norm, seed, accuracy):
         summary = {
-            "norm": norm,
+            "variant": norm,
             "micro_batch_size": 2,
             "batch_size": 8,
             "devices": 1,
@@ -147,7 +190,7 @@ def test_table_means_deviations_and_divergence():
         }
         return report.Run(summary, [])
 
-    lost = {"norm": "group", "micro_batch_size": 2, "seed": 0, "diverged": True}
+    lost = {"variant": "group", "micro_batch_size": 2, "seed": 0, "diverged": True}
     table = report.table(
         [made("batch", 0, 0.90), made("batch", 1, 0.92), report.Run(lost, [])]
     )

@@ -1,0 +1,74 @@
+"""Study: accuracy against the micro-batch size, all normalisers, batch 128.
+
+    python -m train.compare --config=configs/micro_batch_sizes.py --seeds=2 \\
+        --micro_batch_sizes=1,2,8,128 --workdir=runs/sizes --data_dir=DIR
+
+Those that normalise each image by itself are run once, at micro-batch 2: it means
+nothing to them. Ramps and warm-ups that their authors give in steps of a long schedule
+are cut to the same share of this one.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import cifar10_tiny
+
+#: statistics of the micro-batch
+SHARED = (
+    "batch",
+    "batch_renorm",
+    "moving_average",
+    "cross_iteration",
+    "online",
+    "evonorm_b0",
+    "kalman_released",
+    "kalman",
+    "kalman_ws",
+    "kalman_sws",
+)
+#: statistics of each image, or none
+INDIVIDUAL = (
+    "weight",
+    "layer",
+    "instance",
+    "group",
+    "group_ws",
+    "group_sws",
+    "group_kalman",
+    "group_kalman_sws",
+    "filter_response",
+    "evonorm_s0",
+)
+
+
+def get_config() -> ConfigDict:
+    """Returns the study."""
+    config = cifar10_tiny.get_config()
+    steps = config.epochs * config.train_examples // config.batch_size
+    config.variants = tuple(
+        (norm, {"norm": norm} | ramp(norm, steps)) for norm in SHARED
+    ) + tuple((norm, {"norm": norm, "micro_batch_size": 2}) for norm in INDIVIDUAL)
+    return config
+
+
+def ramp(norm: str, steps: int) -> dict[str, Any]:
+    """Returns the config keys that cut a normaliser's ramp to a run of so many steps.
+
+    Batch renorm: the same shares as of the 160,000 steps of its paper. Moving averages:
+    until the window of 16 is full. Cross-iteration: a quarter of the run, while kernels
+    change fast.
+    """
+    options: dict[str, Any] = {}
+    if norm == "batch_renorm":
+        options = {
+            "warmup_steps": steps * 5 // 160,
+            "r_steps": steps * 40 // 160,
+            "d_steps": steps * 25 // 160,
+        }
+    elif norm == "moving_average":
+        options = {"warmup_steps": 16, "renorm_warmup_steps": 16}
+    elif norm == "cross_iteration":
+        options = {"burn_in": steps // 4}
+    return {"norm_options": json.dumps(options)}

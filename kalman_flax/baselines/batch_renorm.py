@@ -1,0 +1,154 @@
+"""Batch Renormalization: batch statistics, corrected towards the moving ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.observe import observe
+from kalman_flax.state import KalmanState
+from kalman_flax.update import normalize, normalized_state
+
+
+class BatchRenorm(Unfiltered, nn.Module):
+    """x_hat = (x - mu_B) / sigma_B r + d, then scale and bias as in batch norm, with
+    r = clip(sigma_B / sigma, 1 / r_max, r_max) and d = clip((mu_B - mu) / sigma,
+    -d_max, d_max), constants to the gradient; mu and sigma are the moving statistics
+    before this step, so that unclipped x_hat = (x - mu) / sigma, as in inference. From
+    Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models" (NIPS 2017), whose ramp and bounds are the defaults: plain
+    batch norm for 5k steps, then r_max rises linearly from 1 to 3 at step 40k, d_max
+    from 0 to 5 at 25k. It has the parameters, running statistics, activations in memory
+    and inference of batch norm, a step counter, and some arithmetic per channel. Use it
+    for small or dependent micro-batches in long runs, and shorten the ramp with the
+    run: one that ends within `warmup_steps` is batch norm.
+
+    The paper averages the standard deviation, sqrt(var_B + epsilon); here ``var`` holds
+    the average of the variance and sigma = sqrt(var + epsilon), as in `nn.BatchNorm`,
+    so that checkpoints, the merging of replicas and the recomputation of population
+    statistics serve both. By Jensen's inequality sigma is a little larger than the
+    paper's, the more so the more sigma_B varies.
+
+    It hands on the exact moments of its output over the micro-batch, mean scale d +
+    bias and variance (scale r)^2 var_B / (var_B + epsilon), and in inference those of
+    batch norm.
+
+    Besides the attributes of `nn.BatchNorm`:
+
+    Attributes:
+        r_max: final bound of r, at least 1.
+        d_max: final bound of d, at least 0.
+        warmup_steps: training steps of plain batch norm.
+        r_steps, d_steps: the training step at which the bound is reached, not before
+            the end of the warm-up. Counted by ``steps`` in ``batch_stats``, a float32
+            scalar, exact to 2^24.
+
+    Raises:
+        ValueError: a bound or a step outside its range.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    axis_name: str | None = None
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup_steps: int = 5_000
+    r_steps: int = 40_000
+    d_steps: int = 25_000
+
+    def __post_init__(self):
+        if self.r_max < 1.0 or self.d_max < 0.0:
+            raise ValueError(
+                f"r_max is {self.r_max} and d_max {self.d_max}; expected at least 1 and"
+                " 0, which are batch norm."
+            )
+        if not 0 <= self.warmup_steps <= min(self.r_steps, self.d_steps):
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, r_steps {self.r_steps} and"
+                f" d_steps {self.d_steps}; the bounds rise from warmup_steps, at least"
+                " 0, to r_steps and d_steps, so neither may come before it."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Signal | jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> Signal | jax.Array:
+        """Normalises; a Signal gives a Signal.
+
+        Args:
+            x: ``[N, ..., C]``, a Signal or a plain array.
+            use_running_average: True normalises by the moving statistics alone; False
+                by the corrected ones of this micro-batch, which moves the averages.
+            mask: broadcastable to `x`; values where it is false do not count.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        value = as_signal(x).value
+        shape = (value.shape[self.axis],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
+        scale = 1.0 if scale is None else scale
+        bias = 0.0 if bias is None else bias
+
+        state = running = KalmanState(mean.value, var.value)
+        if not use_running_average:
+            axis_name = None if self.is_initializing() else self.axis_name
+            state = observe(value, axis=self.axis, mask=mask, axis_name=axis_name)
+            r, d = self._correction(state, running, steps.value)
+            # The correction goes between normalisation, and scale and bias.
+            scale, bias = scale * r, scale * d + bias
+            if not self.is_initializing():
+                kept = self.momentum
+                mean.value = kept * running.mean + (1 - kept) * state.mean
+                var.value = kept * running.var + (1 - kept) * state.var
+                steps.value += 1.0
+        y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
+        y = y.astype(dtype)
+        if not isinstance(x, Signal):
+            return y
+        return Signal(y, normalized_state(state, scale, bias, epsilon=self.epsilon))
+
+    def _correction(
+        self, observed: KalmanState, running: KalmanState, steps: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """r and d of the paper, ``[C]``, within the bounds of this step."""
+
+        def risen(end: int) -> jax.Array:
+            """0 to the last step of the warm-up, 1 from step `end` on."""
+            last = self.warmup_steps - 1
+            return jnp.clip((steps - last) / (end - last), 0.0, 1.0)
+
+        r_max = 1.0 + (self.r_max - 1.0) * risen(self.r_steps)
+        d_max = self.d_max * risen(self.d_steps)
+        std = jnp.sqrt(running.var + self.epsilon)
+        r = jnp.sqrt(observed.var + self.epsilon) / std
+        d = (observed.mean - running.mean) / std
+        return jax.lax.stop_gradient(
+            (jnp.clip(r, 1.0 / r_max, r_max), jnp.clip(d, -d_max, d_max))
+        )

@@ -1,0 +1,294 @@
+"""Cross-Iteration Batch Normalization: past micro-batches, moved to today's kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.observe import observe
+from kalman_flax.predict import predict_affine
+from kalman_flax.state import KalmanState
+from kalman_flax.update import normalize, update
+
+_FAN_IN = (0, 1, 2)  # height, width and input channels of a kernel
+_Past = dict[str, jax.Array]  # what is kept of an iteration
+
+
+class ConvState(NamedTuple):
+    """Moments of a convolution's output, and how they depend on its kernel.
+
+    A `KalmanState` to every layer but `CrossIterationBatchNorm`; whatever lies between
+    leaves only the moments.
+
+    Attributes:
+        mean, var: ``[D]``, of the micro-batch.
+        kernel: ``[h, w, C / groups, D]``.
+        mean_slope: ``[h, w, C / groups, groups]``, d mean / d kernel, the mean patch of
+            the input, the same for all output channels of a group.
+        var_slope: like `kernel`, d var / d kernel.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    kernel: jax.Array
+    mean_slope: jax.Array
+    var_slope: jax.Array
+
+
+class CrossIterationConv(Conv):
+    """`Conv`, whose output's state is what it is and how it depends on the kernel: mean
+    and variance over the micro-batch, d mean / dW = E[patch] and d var / dW = 2
+    E[patch (y - mean)], patches of the input at each position; the part of Yao et al.
+    (2021), see `CrossIterationBatchNorm`, that the convolution has to play. Parameters
+    and values are those of `Conv`. The slopes cost the gradient of the kernel once
+    more, in the forward pass, in float32; under `jit` nothing where nobody uses them,
+    as in inference or before a sum. Use it where `CrossIterationBatchNorm` follows.
+
+    With a `kernel_map`, W is what comes out of it: the moments are linear and quadratic
+    in that. What a change of the bias does is not told. `transition` and the state of
+    the input are not used, a plain array gives a plain array, and slopes are constants
+    to the gradient.
+    """
+
+    def __call__(self, x: Signal | jax.Array) -> Signal | jax.Array:
+        """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
+        if not isinstance(x, Signal):
+            return super().__call__(x)
+        y = super().__call__(x.value)
+        kernel = self.get_variable("params", "kernel")
+        if self.kernel_map is not None:
+            kernel = self.kernel_map(kernel)
+        kernel = jnp.asarray(kernel, jnp.float32)
+        mean, var = observe(y)
+        patches, deviation = lax.stop_gradient((x.value, y - mean))
+        count = y.size // self.features
+
+        def mean_with_patches(cotangent: jax.Array) -> jax.Array:
+            """E[patch cotangent], the gradient of a convolution."""
+            features = cotangent.shape[-1]
+            conv = self.clone(
+                parent=None,
+                features=features,
+                use_bias=False,
+                kernel_map=None,
+                dtype=jnp.float32,
+                param_dtype=jnp.float32,
+            )
+
+            def convolve(kernel: jax.Array) -> jax.Array:
+                return conv.apply({"params": {"kernel": kernel}}, patches)
+
+            shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
+            return jax.linear_transpose(convolve, shape)(cotangent / count)[0]
+
+        ones = jnp.ones((*y.shape[:-1], self.feature_group_count), jnp.float32)
+        mean_slope = mean_with_patches(ones)
+        var_slope = mean_with_patches(2.0 * deviation)
+        return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
+
+
+class CrossIterationBatchNorm(Unfiltered, nn.Module):
+    """Batch normalisation by the mean and variance of the last `window` micro-batches,
+    the past ones as they would be with today's kernel of the convolution before: mu' =
+    mu + <d mu / dW, W_t - W>, nu' = nu + <d nu / dW, W_t - W> for nu = E[x^2], averaged
+    with today's mu and nu, and var = nu - mu^2; Yao, Cao, Zheng, Huang and Lin,
+    "Cross-Iteration Batch Normalization" (CVPR 2021), with the window of the configs in
+    Howal/Cross-iterationBatchNorm. Two parameters and two running statistics per
+    channel, and ``window - 1`` times two kernels and a mean patch; the slopes cost one
+    more kernel gradient, see `CrossIterationConv`. In inference it is batch norm. Use
+    it for small micro-batches, once kernels change little per step (`burn_in`).
+
+    As a filter: the transition is not of a layer but of a step, the average over the
+    compensated past is the prediction, and `update` combines it with today's
+    observation with the gain 1 / (n + 1), n past iterations, by the rule "mixture",
+    which is the average of mu and nu to the letter.
+
+    A past iteration whose nu' comes out below mu'^2 is dropped, channel by channel, as
+    in the official code (the paper raises nu' to mu'^2), and so is a slot not yet
+    filled. The past, with its change to today's kernel, is a constant to the gradient,
+    as in the official code. Other than there, epsilon is added to the variance and not
+    to its root, the moving averages are of the combined statistics and not of the
+    micro-batch's, so that inference knows what training normalises by, and the past is
+    kept in the burn-in too, so that the window is full when it ends.
+
+    Only right behind a `CrossIterationConv` does a norm look back. Elsewhere it is
+    batch norm: on the sum of a residual stream, to which all convolutions before have
+    added on a par, the slopes of the last one do not account for most of the change. In
+    the pre-activation `ResNet` ``stem_norm`` and every ``norm2`` look back; in the
+    original, where a convolution comes before every norm, all do.
+
+    Replicas: all share one past, the mean over their micro-batches, which is exact for
+    mu, nu and slopes, where the original keeps each device's own: a past iteration
+    knows more images than the current one, and weighs the same.
+
+    It hands on the exact moments of its output over the micro-batch. In ``batch_stats``
+    there are, besides ``mean`` and ``var``, ``steps`` and ``past1`` (the latest),
+    ``past2`` and so on; ``nu`` is there taken about a ``reference``, which changes
+    nothing but the rounding.
+
+    Besides the attributes of `nn.BatchNorm`:
+
+    Attributes:
+        axis_name: share statistics and slopes over this mapped axis.
+        window: k, iterations that count, with the current one; 1 is batch norm.
+        burn_in: training steps of batch norm at the start, while kernels change fast.
+            Counted by ``steps``, a float32 scalar, exact to 2^24.
+
+    Raises:
+        ValueError: a window below 1 or a negative burn-in.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    axis_name: str | None = None
+    window: int = 4
+    burn_in: int = 0
+
+    def __post_init__(self):
+        if self.window < 1 or self.burn_in < 0:
+            raise ValueError(
+                f"window is {self.window} and burn_in {self.burn_in}; expected a window"
+                " of at least 1, the current iteration alone, and a burn-in of 0 or"
+                " more steps."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Signal | jax.Array, use_running_average: bool | None = None
+    ) -> Signal | jax.Array:
+        """Normalises; a Signal gives a Signal.
+
+        Args:
+            x: ``[N, ..., C]``, a Signal or a plain array.
+            use_running_average: True normalises by the moving statistics (inference);
+                False by those of the window, and moves window and averages.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        value = as_signal(x).value
+        shape = (value.shape[self.axis],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
+        scale = 1.0 if scale is None else scale
+        bias = 0.0 if bias is None else bias
+
+        training = not use_running_average
+        observed = state = running = KalmanState(mean.value, var.value)
+        if training:
+            axis_name = None if self.is_initializing() else self.axis_name
+            observed = state = observe(value, axis=self.axis, axis_name=axis_name)
+        conv = x.state if isinstance(x, Signal) else None
+        if isinstance(conv, ConvState) and (training or self.is_initializing()):
+            state = self._look_back(observed, conv)
+        if training and not self.is_initializing():
+            kept = self.momentum
+            mean.value = kept * running.mean + (1 - kept) * state.mean
+            var.value = kept * running.var + (1 - kept) * state.var
+
+        y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
+        y = y.astype(dtype)
+        if not isinstance(x, Signal):
+            return y
+        slope = scale * lax.rsqrt(state.var + self.epsilon)
+        return Signal(y, predict_affine(observed, slope, bias - slope * state.mean))
+
+    def _look_back(self, observed: KalmanState, conv: ConvState) -> KalmanState:
+        """Combines what was observed with the past, and keeps it as the latest past."""
+        past = [
+            self.variable("batch_stats", f"past{age}", _empty, conv)
+            for age in range(1, self.window)
+        ]
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
+        if self.is_initializing() or not past:
+            return observed
+        predicted, count = _average([_compensate(p.value, conv.kernel) for p in past])
+        count = jnp.where(steps.value >= self.burn_in, count, 0.0)
+        predicted, count = lax.stop_gradient((predicted, count))
+
+        # All replicas know the latest mean, and the next one is close to it.
+        latest = _remember(conv, reference=past[0].value["mu"])
+        if self.axis_name is not None:
+            latest = lax.pmean(latest, self.axis_name)
+        for older, newer in reversed(list(zip(past[1:], past))):
+            older.value = newer.value
+        past[0].value = latest
+        steps.value += 1.0
+        # The barrier: as in KalmanNorm.
+        return lax.optimization_barrier(update(predicted, observed, 1.0 / (count + 1)))
+
+
+def _empty(conv: ConvState) -> _Past:
+    """A slot not yet filled: its nu is below 0, so that it does not count."""
+    return {
+        "mu": jnp.zeros_like(conv.mean),
+        "nu": -jnp.ones_like(conv.var),
+        "reference": jnp.zeros_like(conv.mean),
+        "mu_slope": jnp.zeros_like(conv.mean_slope),
+        "nu_slope": jnp.zeros_like(conv.var_slope),
+        "kernel": jnp.zeros_like(conv.kernel),
+    }
+
+
+def _remember(conv: ConvState, reference: jax.Array) -> _Past:
+    """mu, nu = E[(x - reference)^2] and their slopes, constants to the gradient."""
+    offset = conv.mean - reference
+    mu_slope = _per_channel(conv.mean_slope, conv.kernel)
+    past = {
+        "mu": conv.mean,
+        "nu": conv.var + jnp.square(offset),
+        "reference": reference,
+        "mu_slope": conv.mean_slope,
+        "nu_slope": conv.var_slope + 2.0 * offset * mu_slope,
+        "kernel": conv.kernel,
+    }
+    return lax.stop_gradient(past)
+
+
+def _compensate(past: _Past, kernel: jax.Array) -> KalmanState:
+    """A past iteration's moments, had `kernel` been the kernel; to first order."""
+    change = kernel - past["kernel"]
+    mu_slope = _per_channel(past["mu_slope"], kernel)
+    mu = past["mu"] + jnp.sum(mu_slope * change, _FAN_IN)
+    nu = past["nu"] + jnp.sum(past["nu_slope"] * change, _FAN_IN)
+    return KalmanState(mu, nu - jnp.square(mu - past["reference"]))
+
+
+def _average(states: list[KalmanState]) -> tuple[KalmanState, jax.Array]:
+    """The mixture, channel by channel, of those with a variance, and their number."""
+    mean, var = (jnp.stack(stat) for stat in zip(*states))
+    valid = var >= 0.0
+    count = jnp.sum(valid, axis=0, dtype=jnp.float32)
+
+    def average(stat: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(valid, stat, 0.0), axis=0) / jnp.maximum(count, 1.0)
+
+    centre = average(mean)
+    return KalmanState(centre, average(var + jnp.square(mean - centre))), count
+
+
+def _per_channel(slope: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Repeats ``[..., groups]`` for the output channels of each group."""
+    return jnp.repeat(slope, kernel.shape[-1] // slope.shape[-1], axis=-1)

@@ -1,0 +1,217 @@
+"""Moving Average Batch Normalization: stable statistics in both passes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.state import KalmanState
+from kalman_flax.update import normalize
+
+
+class MovingAverageBatchNorm(Unfiltered, nn.Module):
+    """MABN: y = scale r z + bias with z = x / sqrt(M + epsilon), where M is the mean of
+    E[x^2] over the last `window` micro-batches, and r = clip(sqrt(M + epsilon) /
+    sqrt(running + epsilon), 1 / max_renorm, max_renorm) is a constant; the gradient is
+    (g - z P) / sqrt(M + epsilon) with g = scale r dL/dy and P the mean of E[g z] over
+    the same window (Yan et al., ICLR 2020, "Towards Stabilizing Batch Statistics in
+    Backward Propagation of Batch Normalization"; constants from MABN.py of
+    megvii-model/MABN). It costs what batch normalisation does, less its centring, and
+    keeps ``(2 window + 1) C + 1`` numbers; in inference it is a scale and a bias. Use
+    it for micro-batches of few images, after convolutions with centred kernels
+    (``Conv(kernel_map=centre_kernel)``), since it does not centre what it normalises.
+
+    Both warm-ups are the original's: until enough has been seen, M and P are those of
+    the micro-batch alone (the exact gradient) and r is 1. The output's mean is not
+    known, so the state ends.
+
+    Variables: parameters ``scale`` and ``bias``; in ``batch_stats`` the running
+    ``mean_square`` ``[C]``, which moves with M, its ``history`` ``[window, C]``, and
+    ``step``; in ``gradient_stats`` the ``history`` of E[g z], whose gradient is its
+    next value. Whoever trains must differentiate with respect to it and store what
+    comes. Where the collection is not passed to `apply`, it counts as zeros.
+
+    Replicas: they share the step, so all write one slot, and their average is the mean
+    over their micro-batches, where the original keeps each device's own; only the
+    current slot is a replica's own. E[g z] is in the units of the gradient g that
+    flows, 1 / R of a single device's where the loss is a mean over R replicas: right
+    for the g it corrects, as long as R (and any scale of the loss) stays the same.
+
+    Attributes:
+        momentum: what the running statistic keeps in a step.
+        axis_name: share E[x^2] and E[g z] over this mapped axis; None leaves each
+            device its own. Take the gradient inside the mapped function: JAX does not
+            know the axis in a backward pass outside it.
+        window: micro-batches that M and P average over, 16 in the paper.
+        warmup_steps: before this step, and until the window is full, M and P are the
+            micro-batch's.
+        renorm_warmup_steps: up to this step, and `warmup_steps`, r is 1.
+        max_renorm: limit of r, and inverse of the lower one.
+
+    Raises:
+        ValueError: a window below 1, or max_renorm below 1.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.98
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    axis_name: str | None = None
+    window: int = 16
+    warmup_steps: int = 100
+    renorm_warmup_steps: int = 1000
+    max_renorm: float = 5.0
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(
+                f"window is {self.window}; expected at least 1, the micro-batch itself."
+            )
+        if self.max_renorm < 1.0:
+            raise ValueError(
+                f"max_renorm is {self.max_renorm}; expected at least 1, which keeps r"
+                " at 1."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Signal | jax.Array, use_running_average: bool | None = None
+    ) -> Signal | jax.Array:
+        """Normalises `x`, ``[N, ..., C]``; a Signal gives a Signal of unknown state.
+
+        Args:
+            x: a Signal or a plain array.
+            use_running_average: True divides by the running statistic (inference);
+                False trains, and moves the histories.
+        """
+        inference = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        value = jnp.moveaxis(as_signal(x).value, self.axis, -1)
+        shape, slots = value.shape[-1:], (self.window, value.shape[-1])
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        running = self.variable(
+            "batch_stats", "mean_square", jnp.ones, shape, jnp.float32
+        )
+        history = self.variable("batch_stats", "history", jnp.zeros, slots, jnp.float32)
+        step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.float32)
+        projections = gradient_stat(self, "history", slots, value)
+
+        if inference:
+            z = normalize(value, KalmanState(0.0, running.value), epsilon=self.epsilon)
+        else:
+            # From 1, as in the original; rounded, because replicas average it.
+            count = jnp.round(step.value) + 1.0
+            slot = count.astype(jnp.int32) % self.window
+            alone = (count <= self.window) | (count < self.warmup_steps)
+            axis_name = None if self.is_initializing() else self.axis_name
+            square = jnp.square(lax.stop_gradient(value).astype(jnp.float32))
+            squares, mean_square = _move(
+                history.value, _mean(square, axis_name), slot, alone
+            )
+            z = normalize(value, KalmanState(0.0, mean_square), epsilon=self.epsilon)
+            z = _stabilise(z, projections, slot, alone, axis_name)
+            z *= self._renorm(mean_square, running.value, count)
+            if not self.is_initializing():
+                kept = self.momentum
+                running.value = kept * running.value + (1 - kept) * mean_square
+                history.value = squares
+                step.value = count
+
+        y = z if scale is None else z * scale
+        y = y if bias is None else y + bias
+        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
+        y = jnp.moveaxis(y, -1, self.axis).astype(dtype)
+        return Signal(y) if isinstance(x, Signal) else y
+
+    def _renorm(
+        self, mean_square: jax.Array, running: jax.Array, count: jax.Array
+    ) -> jax.Array:
+        r = jnp.sqrt((mean_square + self.epsilon) / (running + self.epsilon))
+        r = jnp.clip(r, 1.0 / self.max_renorm, self.max_renorm)
+        warm = count > max(self.renorm_warmup_steps, self.warmup_steps)
+        return jnp.where(warm, r, 1.0)
+
+
+def gradient_stat(
+    module: nn.Module, name: str, shape: tuple[int, ...], like: jax.Array
+) -> jax.Array:
+    """A variable in ``gradient_stats``, zeros where the collection was not passed.
+
+    Its gradient is its next value, or the sum of those that replicas propose.
+    """
+    if module.is_initializing():
+        module.variable("gradient_stats", name, jnp.zeros, shape, jnp.float32)
+    stat = module.get_variable("gradient_stats", name, jnp.zeros(shape, jnp.float32))
+    # These zeros vary over the devices as `like` does, which shard_map has to know
+    # before it sums what the devices propose.
+    return stat + jnp.zeros_like(like, jnp.float32, ())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _stabilise(
+    z: jax.Array,
+    history: jax.Array,
+    slot: jax.Array,
+    alone: jax.Array,
+    axis_name: str | None,
+) -> jax.Array:
+    """The identity of z, whose gradient is g - z P instead of g.
+
+    Written on z, it leaves the division by the statistic, taken for a constant, to
+    automatic differentiation. The gradient of `history` is its next value.
+    """
+    return z
+
+
+def _stabilise_forward(
+    z: jax.Array,
+    history: jax.Array,
+    slot: jax.Array,
+    alone: jax.Array,
+    axis_name: str | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return z, (z, history, slot, alone)
+
+
+def _stabilise_backward(
+    axis_name: str | None, saved: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    z, history, slot, alone = saved
+    history, projection = _move(history, _mean(g * z, axis_name), slot, alone)
+    return g - z * projection, history, None, None
+
+
+_stabilise.defvjp(_stabilise_forward, _stabilise_backward)
+
+
+def _move(
+    history: jax.Array, new: jax.Array, slot: jax.Array, alone: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The history with `new` in its slot, and the moving mean; `new` while `alone`."""
+    history = history.at[slot].set(new)
+    return history, jnp.where(alone, new, jnp.mean(history, axis=0))
+
+
+def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Mean of every channel, ``[C]``."""
+    mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
+    return mean if axis_name is None else lax.pmean(mean, axis_name)

@@ -1,0 +1,92 @@
+"""Weight normalisation: convolutions of learned length, and a bias for a normaliser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.signal import Signal, through
+from kalman_flax.predict import predict_affine
+
+_HALF = nn.initializers.constant(0.5)
+
+
+def weight_norm_conv(
+    features: int,
+    kernel_size: Sequence[int],
+    *,
+    scale_init: nn.initializers.Initializer = _HALF,
+    name: str | None = None,
+    **options: Any,
+) -> nn.WeightNorm:
+    """`Conv` whose kernel is w = g v / |v|, with the length g of each output feature
+    and the direction of v learned apart; Salimans and Kingma, "Weight Normalization: A
+    Simple Reparameterization to Accelerate Training of Deep Neural Networks" (NIPS
+    2016). One parameter g per feature, arithmetic on the kernels alone, nothing stored
+    of activations, and nothing left of it in inference, where w can be computed once.
+    Use it, with `Bias` where a network asks for a normaliser, where examples must not
+    depend on one another and speed counts, e.g. in reinforcement learning or generative
+    models. Expect to lower the learning rate: on ImageNet ResNet-50 was less stable
+    with it and some 6 % less accurate than with batch norm (Gitman and Ginsburg, 2017).
+
+    It is `nn.WeightNorm` around `Conv`, so it predicts with w. Parameters: ``kernel``,
+    v, under ``layer_instance``, and ``layer_instance/kernel/scale``, g. Flax stores v
+    at the length of g, so that the directions are all it takes from `kernel_init`.
+
+    The paper initialises g from a batch, such that every output has variance 1. Here,
+    where networks are initialised without data, g starts at a number. A ReLU halves the
+    second moment, so that a residual block of two convolutions adds g^4 / 4 to the
+    variance of the stream: nothing to speak of with 0.5. With 1, Flax's default, it is
+    a quarter, and with sqrt(2), the length of He's kernels, all of it: networks without
+    normalisers then need a far smaller learning rate, or diverge.
+
+    Args:
+        features, kernel_size: as in `Conv`.
+        scale_init: initialises g; sqrt(2) for ReLU networks without shortcuts.
+        name: of the wrapper.
+        **options: other attributes of `Conv`. A `kernel_map` is applied to w;
+            `standardize_kernel` undoes g.
+    """
+    # Without a parent the convolution becomes part of the wrapper.
+    conv = Conv(features, kernel_size, parent=None, **options)
+    return nn.WeightNorm(conv, scale_init=scale_init, name=name)
+
+
+class Bias(Unfiltered, nn.Module):
+    """y = x + bias per channel, what is left of batch norm after weight normalisation
+    (Salimans and Kingma, 2016), whose g takes the place of the scale. One parameter per
+    channel, no statistics. Use it as the normaliser next to `weight_norm_conv`, or to
+    see what a network does without normalisers.
+
+    It hands on what it is told, moved by the bias: exact.
+
+    Attributes:
+        use_running_average: accepted, so that networks can build any normaliser alike,
+            and unused.
+        dtype, param_dtype, bias_init: as in `nn.BatchNorm`.
+    """
+
+    use_running_average: bool | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, x: Signal | jax.Array, use_running_average: bool | None = None
+    ) -> Signal | jax.Array:
+        """Adds the bias to ``[..., C]``; a Signal gives a Signal."""
+        channels = jnp.shape(x.value if isinstance(x, Signal) else x)[-1]
+        bias = self.param("bias", self.bias_init, (channels,), self.param_dtype)
+
+        def move_value(value: jax.Array) -> jax.Array:
+            value, b = nn.dtypes.promote_dtype(value, bias, dtype=self.dtype)
+            return value + b
+
+        return through(x, move_value, lambda state: predict_affine(state, 1.0, bias))

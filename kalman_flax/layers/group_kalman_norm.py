@@ -1,0 +1,132 @@
+"""Group Kalman Normalization: the filter on the statistics of each example's groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kalman_flax.layers.kalman_norm import FilterParameters, Parameters
+from kalman_flax.layers.signal import Signal, as_signal, state_of
+from kalman_flax.observe import observe
+from kalman_flax.predict import predict_affine, predict_group
+from kalman_flax.state import KalmanState
+from kalman_flax.update import update
+
+
+class GroupKalmanNorm(FilterParameters, nn.Module):
+    """Normalises each example's groups of channels by the Kalman estimate of their mean
+    and variance (GKN: Wang et al., "Kalman Normalization", NeurIPS 2018, Eq. 6 and 7 on
+    the sets of Eq. 8). Costs one scalar more than `nn.GroupNorm`, the gain, and moves a
+    state ``[N, C]`` through the network, about 1 / (H W) of its convolutions; stores no
+    statistics: inference does what training does, with the statistics of the example.
+    Use it where group norm would be used and the state is known.
+
+    It filters every channel of every example, and takes from these the moments of the
+    group (`predict_group`). With the mixture rule of `update` that is the update of the
+    group itself by what was predicted and observed of it, and in addition it tells
+    what the channels are after normalisation: the group as a whole has mean 0 and
+    variance 1, but a channel in it has gamma (mu_c - mu_group) / sigma_group + beta and
+    (gamma sigma_c / sigma_group)^2. That is the state handed on. The paper's equations
+    carry the moments of the group for every channel in it: ``hand_on="raw"``.
+
+    On a plain array, a Signal of unknown state, or with gain 1 it is `nn.GroupNorm`,
+    and hands on the moments of its output as they are. Attributes are those of
+    `nn.GroupNorm`, and so are the parameters ``scale`` and ``bias``. Besides:
+
+    Attributes:
+        use_running_average: accepted, so that networks can build any normaliser alike,
+            and unused.
+        axis: of the channels.
+        gain, learn_gain, noise: as in `KalmanNorm`.
+        hand_on: ``"normalized"``: the moments of the output; or ``"raw"``: the filtered
+            moments of the input, those of the group for every channel.
+
+    Raises:
+        ValueError: an option that `KalmanNorm` refuses; a number of groups below 1, or
+            that does not divide the channels; a state of another shape than ``[C]`` or
+            ``[N, C]``.
+    """
+
+    num_groups: int = 32
+    use_running_average: bool | None = None
+    axis: int = -1
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    gain: float = 0.1
+    learn_gain: str | None = "scalar"
+    noise: str | None = None
+    hand_on: str = "normalized"
+
+    def __post_init__(self):
+        if self.num_groups < 1:
+            raise ValueError(
+                f"num_groups is {self.num_groups}; expected a divisor of the channels."
+            )
+        super().__post_init__()
+
+    def __call__(
+        self,
+        x: Signal | jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> Signal | jax.Array:
+        """Filters and normalises.
+
+        Args:
+            x: ``[N, ..., C]``, a Signal or a plain array.
+            use_running_average: unused.
+            mask: broadcastable to `x`, the same for all channels; values where it is
+                false do not count.
+
+        Returns:
+            What came in, normalised: a Signal for a Signal, an array for an array.
+        """
+        y = self.normalize(self.filter(x, mask=mask))
+        return y if isinstance(x, Signal) else y.value
+
+    def filter(self, x: Signal | jax.Array, *, mask: jax.Array | None = None) -> Signal:
+        """The first step: returns `x` with its filtered moments, ``[N, C]``."""
+        x = as_signal(x)
+        parameters = self._variables(x.value.shape[self.axis])
+        state = observe(x.value, "instance", axis=self.axis, mask=mask)
+        predicted = state_of(x, self.axis)
+        if predicted is not None:
+            shape = state.mean.shape
+            if not {stat.shape for stat in predicted} <= {shape, shape[-1:]}:
+                raise ValueError(
+                    f"GroupKalmanNorm got a state of shape {predicted.mean.shape};"
+                    f" expected {shape[-1:]}, or {shape}, one of each example."
+                    " jax.vmap over several micro-batches."
+                )
+            predicted = parameters.predict_noise(predicted)
+            # The barrier for the reason that is told in `KalmanNorm`.
+            state = lax.optimization_barrier(update(predicted, state, parameters.gain))
+        return x.replace(state=state)
+
+    def normalize(self, x: Signal) -> Signal:
+        """The second step: normalises what `filter` returned by its groups."""
+        parameters = self._variables(x.value.shape[self.axis])
+        group = predict_group(x.state, self.num_groups)
+        value = self._normalized_value(x.value, group, parameters)
+        if self.hand_on == "raw":
+            return Signal(value, group)
+        scale, bias = parameters.affine
+        centred = KalmanState(x.state.mean - group.mean, x.state.var)
+        state = predict_affine(
+            centred, scale * lax.rsqrt(group.var + self.epsilon), bias
+        )
+        return Signal(value, state)
+
+    @nn.compact
+    def _variables(self, channels: int) -> Parameters:
+        return self._parameters(channels)

@@ -1,0 +1,104 @@
+"""The measure of how well the filter knows the statistics."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from tests.train.common import tiny_config
+from tests.train.test_commands import TINY, run
+from train.estimates import ESTIMATES, _Pooled, collect, rows_of, summarise, watched
+from train.experiment import build
+
+
+def measured(config, size, kept=1000):
+    config = watched(config)
+    experiment = build(config)
+    return experiment, *collect(experiment, config, size, images=0, kept=kept)
+
+
+def test_pooled_moments_are_those_of_all_values():
+    x = 1e4 + np.random.default_rng(0).normal(size=(6, 50, 3))
+    pooled = _Pooled()
+    for sets in (x[:1], x[1:3], x[3:]):
+        pooled.add(sets.mean(1), sets.var(1))
+    moments = pooled.moments()
+    np.testing.assert_allclose(moments["mean"], x.mean((0, 1)), rtol=1e-12)
+    np.testing.assert_allclose(moments["var"], x.var((0, 1)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_against_numpy_at_the_stem(size):
+    """The first normaliser's input does not depend on any normaliser."""
+    config = tiny_config(norm="kalman", norm_options='{"gain": 0.25}')
+    experiment, truth, estimates = measured(config, size)
+    images = experiment.standardize(experiment.train.images)
+    kernel = experiment.state.params["stem"]["kernel"]
+    x = lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = np.float64(x)
+    np.testing.assert_allclose(truth["stem_norm"]["mean"], x.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(truth["stem_norm"]["var"], x.var((0, 1, 2)), rtol=1e-4)
+    observed, predicted, filtered = (
+        estimates[kind]["stem_norm"] for kind in ("observed", "predicted", "filtered")
+    )
+    assert observed["mean"].shape == (len(x) // size, 4)
+    rows = {row["estimate"]: row for row in rows_of(truth, estimates, size)}
+    order = np.random.default_rng(config.seed).permutation(len(x))
+    means = x[order].reshape(-1, size * 64, 4).mean(1)
+    np.testing.assert_allclose(observed["mean"], means, atol=1e-5)
+    stem = next(row for row in rows_of(truth, estimates, size) if row["depth"] == 0)
+    deviation = (means - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    assert stem["estimate"] == "observed" and stem["layer"] == "stem_norm"
+    np.testing.assert_allclose(
+        stem["mean_error"], np.sqrt(np.mean(deviation**2)), rtol=1e-3
+    )
+    mixed = 0.75 * predicted["mean"] + 0.25 * observed["mean"]
+    np.testing.assert_allclose(filtered["mean"], mixed, atol=1e-5)
+    assert set(rows) == set(ESTIMATES)
+
+
+def test_batch_norm_is_watched_as_the_filter_with_gain_1():
+    _, truth, estimates = measured(tiny_config(norm="batch"), 2)
+    jax.tree.map(
+        np.testing.assert_array_equal, estimates["filtered"], estimates["observed"]
+    )
+    assert set(estimates["predicted"]) == set(truth)
+    with pytest.raises(ValueError, match="'group' does not filter"):
+        watched(tiny_config(norm="group"))
+
+
+def test_summary_weighs_channels_alike():
+    rows = [
+        {
+            "micro_batch_size": 2,
+            "estimate": kind,
+            "channels": channels,
+            "mean_error": error,
+            "variance_error": 0.0,
+        }
+        for kind in ESTIMATES
+        for channels, error in ((1, 2.0), (3, 0.0))
+    ]
+    assert [line["mean_error"] for line in summarise(rows)] == [1.0] * len(ESTIMATES)
+
+
+def test_command(tmp_path):
+    run("train", *TINY, f"--workdir={tmp_path}")
+    sizes = "--micro_batch_sizes=1,4"
+    out = run("train.statistics", f"--workdir={tmp_path}", sizes)
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["1", "4"]
+    with (tmp_path / "statistics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 7 * len(ESTIMATES)  # sizes, normalisers of a ResNet-8
+    assert [r["layer"] for r in rows[:: len(ESTIMATES)][:7]][-1] == "final_norm"
+    content = json.loads((tmp_path / "statistics.json").read_text())
+    assert len(content["summary"]) == 2 * len(ESTIMATES)
+    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    out = run("train.statistics", f"--workdir={tmp_path}", "--images=1", status=1)
+    assert "error: 1 images" in out

@@ -1,0 +1,263 @@
+"""Measures estimates of the statistics against those of all training images."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from train.data import augment
+from train.experiment import Experiment
+from train.step import apply_replicas
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ESTIMATES = ("observed", "predicted", "filtered", "moving")
+EPSILON = 1e-5  # added to variances, as the normalisers do
+BATCH = 512  # images at a time, at most
+
+Layers = dict[str, dict[str, np.ndarray]]  # layer -> "mean", "var" -> [..., C]
+
+
+def watched(config: ConfigDict) -> ConfigDict:
+    """Returns `config` with a normaliser that reports its states: `KalmanNorm`, which
+    with gain 1 is batch norm.
+
+    Raises:
+        ValueError: the run's normaliser has no statistics of the micro-batch.
+    """
+    name = config.norm.removesuffix("_ws")
+    if name == "batch":
+        config.norm = config.norm.replace("batch", "kalman")
+        config.norm_options = json.dumps({"gain": 1.0, "learn_gain": None})
+    elif not name.startswith(("kalman", "control")):
+        raise ValueError(
+            f"{config.norm!r} does not filter; expected a run of batch norm or of a"
+            " Kalman normaliser."
+        )
+    return config
+
+
+def collect(
+    experiment: Experiment, config: ConfigDict, size: int, images: int, kept: int
+) -> tuple[Layers, dict[str, Layers]]:
+    """Runs the training images in micro-batches of `size`.
+
+    Returns:
+        The moments of every layer's input over all images, ``[C]``; and by kind the
+        estimates of the first `kept` micro-batches, ``[kept, C]``, or ``[1, C]`` for
+        the moving averages.
+    """
+    truth: dict[str, _Pooled] = {}
+    estimates: dict[str, list[Layers]] = {}
+    for seen in _states(experiment, config, size, images):
+        for layer, stats in seen["observed"].items():
+            truth.setdefault(layer, _Pooled()).add(stats["mean"], stats["var"])
+        for kind, layers in seen.items():
+            chosen = estimates.setdefault(kind, [])
+            if sum(len(next(iter(b.values()))["mean"]) for b in chosen) < kept:
+                chosen.append(layers)
+    joined = {
+        kind: {
+            layer: {
+                stat: np.concatenate([batch[layer][stat] for batch in batches])[:kept]
+                for stat in ("mean", "var")
+            }
+            for layer in batches[0]
+        }
+        for kind, batches in estimates.items()
+    }
+    running = traverse_util.flatten_dict(
+        jax.device_get(experiment.state.batch_stats), sep="/"
+    )
+    joined["moving"] = {
+        layer: {stat: running[f"{layer}/{stat}"][None] for stat in ("mean", "var")}
+        for layer in truth
+    }
+    return {layer: pooled.moments() for layer, pooled in truth.items()}, joined
+
+
+def _states(
+    experiment: Experiment, config: ConfigDict, size: int, images: int
+) -> Iterator[dict[str, Layers]]:
+    """Yields what the normalisers report of one batch after the other, ``[R, C]``."""
+    count = len(experiment.train.labels)
+    count = min(images or count, count)
+    step = min(BATCH, count) // size * size
+    if not step:
+        raise ValueError(f"{count} images hold no micro-batch of {size}.")
+
+    @jax.jit
+    def run(index: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(config.seed), index[0])
+        cropped = augment(
+            key, experiment.train.images[index], config.crop_padding, config.flip
+        )
+        _, written = apply_replicas(
+            experiment.network,
+            experiment.state.variables,
+            experiment.standardize(cropped),
+            size,
+            key,
+            mutable=("batch_stats", "intermediates"),
+        )
+        return written["intermediates"]
+
+    # Whole batches only, and in random order: the classes must not come in turn.
+    order = np.random.default_rng(config.seed).permutation(count)
+    for start in range(0, count - step + 1, step):
+        flat = traverse_util.flatten_dict(
+            jax.device_get(run(order[start : start + step]))
+        )
+        seen: dict[str, Layers] = {}
+        for (*path, kind), state in flat.items():
+            stats = {"mean": np.float64(state.mean), "var": np.float64(state.var)}
+            seen.setdefault(kind, {})["/".join(path)] = stats
+        yield seen
+
+
+class _Pooled:
+    """Moments over sets of equal size, each with its own: law of total variance."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0
+        self.var: Any = 0.0
+
+    def add(self, means: np.ndarray, variances: np.ndarray) -> None:
+        """Adds R sets, ``[R, C]`` each."""
+        share = len(means) / (self.count + len(means))
+        shift = means.mean(0) - self.mean
+        var = variances.mean(0) + means.var(0)
+        self.var += share * (var - self.var) + share * (1 - share) * shift**2
+        self.mean += share * shift
+        self.count += len(means)
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Returns the mean and variance, ``[C]``."""
+        return {"mean": self.mean, "var": self.var}
+
+
+def errors(
+    estimate: dict[str, np.ndarray], truth: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns (mean - mean*) / std* and log(var / var*), of the estimate's shape."""
+    var = truth["var"] + EPSILON
+    return {
+        "mean_error": (estimate["mean"] - truth["mean"]) / np.sqrt(var),
+        "variance_error": np.log((estimate["var"] + EPSILON) / var),
+    }
+
+
+def rows_of(
+    truth: Layers, estimates: dict[str, Layers], size: int
+) -> list[dict[str, Any]]:
+    """Returns the RMS errors, a row for each layer and kind of estimate."""
+    return [
+        {
+            "micro_batch_size": size,
+            "layer": layer,
+            "depth": depth,
+            "estimate": kind,
+            **{
+                name: float(np.sqrt(np.mean(np.square(error))))
+                for name, error in errors(estimates[kind][layer], truth[layer]).items()
+            },
+            "channels": len(truth[layer]["mean"]),
+        }
+        for depth, layer in enumerate(_in_order(truth))
+        for kind in ESTIMATES
+        if layer in estimates.get(kind, {})
+    ]
+
+
+def _in_order(layers: Any) -> list[str]:
+    """The layers from bottom to top: the stem's first, the final one last."""
+    return sorted(
+        layers, key=lambda name: (name != "stem_norm", name == "final_norm", name)
+    )
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns RMS errors over all layers, every channel counting alike."""
+    result = []
+    for size in dict.fromkeys(row["micro_batch_size"] for row in rows):
+        for kind in ESTIMATES:
+            chosen = [
+                row
+                for row in rows
+                if (row["micro_batch_size"], row["estimate"]) == (size, kind)
+            ]
+            weights = [row["channels"] for row in chosen]
+            line = {"micro_batch_size": size, "estimate": kind}
+            for name in ("mean_error", "variance_error"):
+                squares = [row[name] ** 2 for row in chosen]
+                line[name] = float(np.sqrt(np.average(squares, weights=weights)))
+            result.append(line)
+    return result
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    """Returns a Markdown table, a row for each micro-batch size."""
+    lines = [
+        "| micro-batch | "
+        + " | ".join(f"{kind}, mean / var" for kind in ESTIMATES)
+        + " |",
+        "|---" * (1 + len(ESTIMATES)) + "|",
+    ]
+    for size in dict.fromkeys(line["micro_batch_size"] for line in summary):
+        cells = [
+            f"{line['mean_error']:.3f} / {line['variance_error']:.3f}"
+            for line in summary
+            if line["micro_batch_size"] == size
+        ]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(
+    path: pathlib.Path,
+    rows: list[dict[str, Any]],
+    summary: list[dict[str, Any]],
+    maps: dict[str, Layers],
+) -> None:
+    """Draws the errors by micro-batch size and by layer, and the paper's Fig. 5: the
+    gap between the variance used and the moving one, micro-batches by channels."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 9))
+    sizes = sorted({line["micro_batch_size"] for line in summary})
+    chosen = next(iter(maps.values()))
+    depths = [row for row in rows if row["micro_batch_size"] == sizes[0]]
+    for column, name in enumerate(("mean_error", "variance_error")):
+        for kind in ESTIMATES:
+            errors_ = [line[name] for line in summary if line["estimate"] == kind]
+            axes[0, column].plot(sizes, errors_, "o-", label=kind)
+            points = [row for row in depths if row["estimate"] == kind]
+            axes[1, column].plot(
+                [row["depth"] for row in points], [row[name] for row in points], "o-"
+            )
+        axes[0, column].set(xscale="log", yscale="log", xlabel="micro-batch size")
+        axes[0, column].set_xticks(sizes, [str(size) for size in sizes])
+        axes[1, column].set(xlabel=f"layer, at micro-batch {sizes[0]}", yscale="log")
+        axes[0, column].set_title(f"RMS {name.replace('_', ' of ')}")
+    axes[0, 0].legend()
+    layers = _in_order(chosen)
+    layer = layers[len(layers) // 2]
+    for axis, kind in zip(axes[:, 2], ("observed", "filtered")):
+        gap = np.abs(maps[kind][layer]["var"] - maps["moving"][layer]["var"])
+        image = axis.imshow(
+            (gap / maps["moving"][layer]["var"]).T, aspect="auto", vmin=0, vmax=1
+        )
+        axis.set(title=f"{kind}: |var - moving| / moving, {layer}")
+        axis.set(xlabel="micro-batch", ylabel="channel")
+        figure.colorbar(image, ax=axis)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

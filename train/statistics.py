@@ -1,0 +1,80 @@
+"""How well a trained network's normalisers know the statistics that they normalise by.
+
+    python -m train.statistics --workdir=runs/short --data_dir=DIR
+
+Runs the training images through the network in micro-batches of several sizes, as in
+training, and compares four estimates of every layer's mean and variance with those of
+all training images: observed in the micro-batch, predicted by the filter, filtered
+(both combined), and the moving averages. The errors are
+
+    mean      RMS of (mean - mean*) / std*
+    variance  RMS of log(var / var*)
+
+over channels and micro-batches: the paper's claim, taken at its word (its Fig. 5 and
+Table 7). Works for the Kalman normalisers and for batch norm, in whose network it shows
+what the filter would predict. Writes statistics.csv (by layer), statistics.json
+(summary, with command, hardware, versions) and statistics.png into the run.
+"""
+
+import csv
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from train import cli, estimates
+from train import workdir as wd
+from train.experiment import build
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_MICRO_BATCH_SIZES = flags.DEFINE_list(
+    "micro_batch_sizes", ["1", "2", "4", "8", "16", "32"], "Micro-batch sizes."
+)
+_IMAGES = flags.DEFINE_integer(
+    "images",
+    0,
+    "Training images to use; 0: all that the run trained on.",
+    lower_bound=0,
+)
+_KEPT = flags.DEFINE_integer(
+    "micro_batches",
+    256,
+    "Micro-batches whose estimates are compared; all images count for the truth.",
+    lower_bound=2,
+)
+
+
+def main() -> None:
+    """Restores the run, measures, prints, and writes CSV, JSON and figure."""
+    workdir = pathlib.Path(_WORKDIR.value)
+    config = estimates.watched(wd.read_config(workdir))
+    experiment = build(config, cli.DATA_DIR.value)
+    state = wd.last_checkpoint(workdir, experiment.state)
+    experiment = dataclasses.replace(experiment, state=state)
+    rows, pictured = [], None
+    for size in map(int, _MICRO_BATCH_SIZES.value):
+        truth, found = estimates.collect(
+            experiment, config, size, _IMAGES.value, _KEPT.value
+        )
+        rows += estimates.rows_of(truth, found, size)
+        if pictured is None or size == config.micro_batch_size:
+            pictured = found
+        print(f"micro-batch {size}: done", flush=True)
+    summary = estimates.summarise(rows)
+    print(estimates.table(summary))
+    with (workdir / "statistics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    wd.write_json(
+        workdir / "statistics.json",
+        {**wd.provenance(), "config": config.to_dict(), "summary": summary},
+    )
+    estimates.plot(workdir / "statistics.png", rows, summary, pictured)
+    print(f"written: {workdir}/statistics.csv, .json, .png")
+
+
+if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
+    flags.mark_flag_as_required("workdir")
+    cli.run(main)
