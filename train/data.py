@@ -100,6 +100,28 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
 
+def make_batches(
+    labels: np.ndarray, batch_size: int, seed: int, sort: bool = False
+) -> Callable[[int], np.ndarray]:
+    """Returns a map from the step to the examples of its batch, ``[batch_size]``.
+
+    Args:
+        labels: ``[N]``.
+        batch_size: examples a batch; what is left of an epoch is dropped.
+        seed: of the order.
+        sort: sort every batch by class, so that a micro-batch of it is of one class.
+    """
+    steps_per_epoch = len(labels) // batch_size
+
+    def batch(step: int) -> np.ndarray:
+        epoch, position = divmod(step, steps_per_epoch)
+        start = position * batch_size
+        index = epoch_order(seed, epoch, len(labels))[start : start + batch_size]
+        return index[np.argsort(labels[index], kind="stable")] if sort else index
+
+    return batch
+
+
 def make_standardize(kind: str, images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
     """Returns a map from uint8 to float32 images, fitted to the training `images`.
 

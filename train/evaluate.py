@@ -44,10 +44,7 @@ def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
-    with wd.open_checkpoints(workdir) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise FileNotFoundError(f"no checkpoint in {workdir}; train for longer.")
-        state = wd.restore(checkpoints, experiment.state)
+    state = wd.last_checkpoint(workdir, experiment.state)
     if (batches or weight is not None) and not running_moments(state.batch_stats):
         raise ValueError(
             f"normaliser {config.norm!r} keeps no moving mean and variance; leave out"

@@ -10,13 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
 from kalman_flax import NORMALIZERS, Normalization, ResNet, normalization
 from kalman_flax.state import check_choice
 from train.controls import CONTROLS
-from train.data import Dataset, Split, load_dataset, make_standardize
+from train.data import Dataset, Split, load_dataset, make_batches, make_standardize
 from train.step import (
     Metrics,
     TrainState,
@@ -36,7 +37,8 @@ class Experiment:
     standardize: Callable[[jax.Array], jax.Array]
     state: TrainState
     train_step: Callable[[TrainState, Split, Any], tuple[TrainState, Metrics]]
-    evaluate: Callable[[TrainState, Split], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
+    batch: Callable[[int], np.ndarray]
     schedule: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -77,6 +79,9 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
         ),
         train_step=make_train_step(network, optimizer, standardize, config),
         evaluate=make_evaluate(network, standardize, config),
+        batch=make_batches(
+            train.labels, config.batch_size, config.seed, config.sort_batches
+        ),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

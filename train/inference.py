@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from kalman_flax.baselines.precise import precise_statistics
-from train.data import augment, epoch_order, make_standardize
+from train.data import augment
 from train.experiment import Experiment
 from train.step import TrainState, apply_replicas
 
@@ -54,8 +52,6 @@ def recompute(
 ) -> TrainState:
     """Returns `state` with the precise statistics of the first `batches` training
     batches, split into micro-batches and augmented as in training."""
-    images = experiment.train.images
-    standardize = make_standardize(config.standardize, np.asarray(images))
 
     @jax.jit
     def write(
@@ -67,32 +63,18 @@ def recompute(
         _, written = apply_replicas(
             experiment.network,
             state.variables,
-            standardize(batch),
+            experiment.standardize(batch),
             config.micro_batch_size,
             replica_key,
         )
         return written["batch_stats"]
 
-    forward = functools.partial(write, state, images)
     stats = precise_statistics(
-        lambda batch: forward(*batch),
+        lambda step: write(
+            state, experiment.train.images, step, experiment.batch(step)
+        ),
         state.batch_stats,
-        _training_batches(config, experiment, batches),
+        range(batches),
         momentum=config.stats_momentum,
     )
     return state.replace(batch_stats=stats)
-
-
-def _training_batches(
-    config: Any, experiment: Experiment, batches: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (step, examples) as training visits them, from its first step on."""
-    labels = np.asarray(experiment.train.labels)
-    for step in range(batches):
-        epoch, position = divmod(step, experiment.steps_per_epoch)
-        start = position * config.batch_size
-        order = epoch_order(config.seed, epoch, len(labels))
-        index = order[start : start + config.batch_size]
-        if config.get("sort_batches", False):  # not in the configs of older runs
-            index = index[np.argsort(labels[index], kind="stable")]
-        yield step, index

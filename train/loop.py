@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from train import workdir as wd
-from train.data import epoch_order
 from train.experiment import Experiment, build
 
 
@@ -100,7 +99,7 @@ class _Run:
             mininterval=1.0,
         ) as bar:
             for step in range(start, total):
-                index = self._batch(step)
+                index = experiment.batch(step)
                 state, metrics = experiment.train_step(state, experiment.train, index)
                 self.pending.append(metrics)
                 bar.update(config.batch_size)
@@ -116,17 +115,6 @@ class _Run:
         if not self.final:  # every step was done before: killed before the summary
             self._test(total, state)
         return state
-
-    def _batch(self, step: int) -> np.ndarray:
-        epoch, position = divmod(step, self.experiment.steps_per_epoch)
-        examples = len(self.experiment.train.labels)
-        start = position * self.config.batch_size
-        order = epoch_order(self.config.seed, epoch, examples)
-        index = order[start : start + self.config.batch_size]
-        if self.config.sort_batches:
-            labels = np.asarray(self.experiment.train.labels)
-            index = index[np.argsort(labels[index], kind="stable")]
-        return index
 
     def _look(self, done: int) -> list[dict[str, float]]:
         """Fetches the metrics since the last look, the newest after `done` steps."""

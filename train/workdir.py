@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from configs import base
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -41,7 +43,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     # Through JSON and back, since there a tuple is a list.
     ours = json.loads(config.to_json())
-    theirs = json.loads(path.read_text()) if path.exists() else ours
+    theirs = json.loads(read_config(workdir).to_json()) if path.exists() else ours
     if ours != theirs:
         differences = [
             f"  {key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r}"
@@ -60,6 +62,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 def read_config(workdir: pathlib.Path) -> ConfigDict:
     """Reads the resolved config of a run.
 
+    A key that there was not when the run was made has its default.
+
     Raises:
         FileNotFoundError: there is none in `workdir`.
     """
@@ -69,7 +73,10 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             f"no {CONFIG} in {workdir}; expected the --workdir of a run of"
             " `python -m train`."
         )
-    return ConfigDict(json.loads(path.read_text()))
+    config = base.get_config()
+    for key, value in json.loads(path.read_text()).items():
+        config[key] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:

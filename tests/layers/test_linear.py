@@ -119,7 +119,7 @@ def numpy_standardized(kernel):
 
 
 def test_scaled_kernels_keep_the_variance_of_a_rectified_gaussian():
-    """Its variance is (1 - 1 / pi) / 2; the mean 1 / sqrt(2 pi) must not come through."""
+    """Its variance is (1 - 1 / pi) / 2; its mean must not come through."""
     kernel = kf.scaled_standardize_kernel(jax.random.normal(KEY, (3, 5, 7, 4)) + 0.3)
     norm = np.sum(np.float64(kernel) ** 2, axis=(0, 1, 2))
     np.testing.assert_allclose(norm * (1 - 1 / np.pi) / 2, 1.0, rtol=1e-4)

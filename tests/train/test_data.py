@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from train.data import augment, epoch_order, load_dataset, make_standardize
+from train.data import (
+    augment,
+    epoch_order,
+    load_dataset,
+    make_batches,
+    make_standardize,
+)
 
 CIFAR_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -92,3 +98,15 @@ def test_augment_crops_and_mirrors():
     assert abs(mirrored - 0.5) < 4 * np.sqrt(0.25 / 2000)
     same = np.asarray(augment(jax.random.key(0), batch, padding=0, flip=False))
     np.testing.assert_array_equal(same, batch)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_batches_visit_every_example_once_an_epoch(sort):
+    labels = np.random.default_rng(0).integers(0, 5, 64).astype(np.int32)
+    batch = make_batches(labels, batch_size=16, seed=3, sort=sort)
+    epochs = [np.concatenate([batch(4 * e + s) for s in range(4)]) for e in range(2)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(64))
+    assert np.any(epochs[0] != epochs[1])
+    changes = np.count_nonzero(np.diff(labels[batch(0)]))
+    assert (changes < 5) == sort

@@ -67,7 +67,7 @@ def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
 def test_what_a_run_leaves(finished):
     workdir, config, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert wd.read_config(workdir).to_dict() == json.loads(config.to_json())
+    assert wd.read_config(workdir).to_json() == config.to_json()
     assert (summary["batch_size"], summary["micro_batch_size"]) == (8, 2)
     assert (summary["steps"], summary["test_images"]) == (16, 297)
     assert set(summary["versions"]) >= {"jax", "flax", "python"}
@@ -87,6 +87,16 @@ def test_killed_between_last_checkpoint_and_summary(finished):
     (workdir / "summary.json").unlink()
     again = loop.train(config, workdir)
     assert again["test_moving_accuracy"] == summary["test_moving_accuracy"]
+    assert again["final_train_loss"] == summary["final_train_loss"]
+
+
+def test_a_config_from_before_a_key_existed(finished):
+    workdir, config, summary = finished
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["sort_batches"], stored["variants"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert wd.read_config(workdir).to_json() == config.to_json()
+    again = loop.train(config, workdir)  # not refused
     assert again["final_train_loss"] == summary["final_train_loss"]
 
 
