@@ -50,9 +50,16 @@ def weight_norm_conv(
         features, kernel_size: as in `Conv`.
         scale_init: initialises g; sqrt(2) for ReLU networks without shortcuts.
         name: of the wrapper.
-        **options: other attributes of `Conv`. A `kernel_map` is applied to w;
-            `standardize_kernel` undoes g.
+        **options: other attributes of `Conv`.
+
+    Raises:
+        ValueError: a `kernel_map`, which would undo g.
     """
+    if options.get("kernel_map") is not None:
+        raise ValueError(
+            "weight normalisation sets the length of kernels itself; leave kernel_map"
+            " out (the _ws, _sws or _wc at the end of a normaliser's name)."
+        )
     # Without a parent the convolution becomes part of the wrapper.
     conv = Conv(features, kernel_size, parent=None, **options)
     return nn.WeightNorm(conv, scale_init=scale_init, name=name)

@@ -141,7 +141,7 @@ class ResNet(nn.Module):
             return x
         blocks = nn.scan(
             lambda module, carry, _: (module(carry), None),
-            variable_axes={"params": 0, "batch_stats": 0},
+            variable_axes={"params": 0, "batch_stats": 0, "gradient_stats": 0},
             split_rngs={"params": True, RNG: True},
             length=self.blocks_per_stage - 1,
         )
