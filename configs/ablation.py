@@ -3,7 +3,7 @@
     python -m train.compare --config=configs/ablation.py --seeds=2 \\
         --workdir=runs/ablation --data_dir=DIR
 
-The reference is kalman_ws. Two controls decide whether the *prediction* matters: one
+The reference is kalman_wc. Two controls decide whether the *prediction* matters: one
 shuffled over the channels, and moving averages in its place.
 """
 
@@ -23,7 +23,7 @@ def options(**attributes: Any) -> dict[str, str]:
 def get_config() -> ConfigDict:
     """Returns the study."""
     config = cifar10_tiny.get_config()
-    config.norm = "kalman_ws"
+    config.norm = "kalman_wc"
     config.variants = (
         ("reference", {}),
         *((f"gain {q}", options(gain=q, learn_gain=None)) for q in GAINS),
@@ -33,13 +33,14 @@ def get_config() -> ConfigDict:
         ("noise multiplied", options(noise="multiplicative")),
         ("raw state", options(hand_on="raw")),
         ("raw state, their guard", options(hand_on="raw", outlier_ratio=100.0)),
-        ("no border", {"norm": "control_no_border_ws"}),
-        ("Monte Carlo", {"norm": "kalman_mc_ws"}),
-        ("no gradient through prediction", {"norm": "control_constant_ws"}),
-        ("no state in the stream", {"norm": "control_no_stream_ws"}),
-        ("no weight standardisation", {"norm": "kalman"}),
-        ("control: shuffled prediction", {"norm": "control_shuffled_ws"}),
-        ("control: moving averages", {"norm": "control_moving_ws"}),
+        ("no border", {"norm": "control_no_border_wc"}),
+        ("Monte Carlo", {"norm": "kalman_mc_wc"}),
+        ("no gradient through prediction", {"norm": "control_constant_wc"}),
+        ("no state in the stream", {"norm": "control_no_stream_wc"}),
+        ("kernels as they are", {"norm": "kalman"}),
+        ("kernels standardised", {"norm": "kalman_ws"}),
+        ("control: shuffled prediction", {"norm": "control_shuffled_wc"}),
+        ("control: moving averages", {"norm": "control_moving_wc"}),
     )
     return config
 

@@ -26,7 +26,7 @@ SHARED = (
     "kalman_released",
     "kalman",
     "kalman_ws",
-    "kalman_sws",
+    "kalman_wc",
 )
 #: statistics of each image, or none
 INDIVIDUAL = (
@@ -35,9 +35,8 @@ INDIVIDUAL = (
     "instance",
     "group",
     "group_ws",
-    "group_sws",
     "group_kalman",
-    "group_kalman_sws",
+    "group_kalman_wc",
     "filter_response",
     "evonorm_s0",
 )

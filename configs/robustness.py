@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_tiny
 
-NORMS = ("batch", "group_ws", "kalman", "kalman_ws")
+NORMS = ("batch", "group_ws", "kalman", "kalman_wc")
 CHANGES = {
     "reference": {},
     "rate 0.03": {"learning_rate": 0.03},

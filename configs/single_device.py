@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_tiny
 
-NORMS = ("batch", "group_ws", "kalman", "kalman_ws")
+NORMS = ("batch", "group_ws", "kalman", "kalman_wc")
 BATCH_SIZES = (2, 8, 32)
 
 

@@ -42,9 +42,6 @@ from kalman_flax.layers.kalman_norm import ReleasedKalmanNorm as ReleasedKalmanN
 from kalman_flax.layers.linear import Conv as Conv
 from kalman_flax.layers.linear import Dense as Dense
 from kalman_flax.layers.linear import centre_kernel as centre_kernel
-from kalman_flax.layers.linear import (
-    scaled_standardize_kernel as scaled_standardize_kernel,
-)
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel
 from kalman_flax.layers.running import merge_running as merge_running
 from kalman_flax.layers.signal import Signal as Signal

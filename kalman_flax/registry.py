@@ -36,7 +36,6 @@ from kalman_flax.layers.kalman_norm import (
 from kalman_flax.layers.linear import (
     Conv,
     centre_kernel,
-    scaled_standardize_kernel,
     standardize_kernel,
 )
 from kalman_flax.layers.signal import Signal
@@ -96,11 +95,7 @@ NORMALIZERS: dict[str, Normalization] = {
 }
 
 #: Ends of names, and the kernels that they stand for.
-KERNEL_MAPS = {
-    "_ws": standardize_kernel,
-    "_sws": scaled_standardize_kernel,
-    "_wc": centre_kernel,
-}
+KERNEL_MAPS = {"_ws": standardize_kernel, "_wc": centre_kernel}
 
 
 def normalization(
@@ -113,8 +108,8 @@ def normalization(
     """Looks up a normaliser and sets its attributes.
 
     Args:
-        name: a key of `known`; ``"_ws"``, ``"_sws"`` or ``"_wc"`` at its end
-            standardises or centres the kernels, see `KERNEL_MAPS`.
+        name: a key of `known`; ``"_ws"`` or ``"_wc"`` at its end standardises or
+            centres the kernels, see `KERNEL_MAPS`.
         momentum: of the running statistics; unused by those that keep none.
         known: the normalisers by name.
         **options: attributes of the normaliser.

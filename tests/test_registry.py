@@ -43,7 +43,6 @@ ACTIVATED = {"evonorm_b0", "evonorm_s0", "filter_response"}
 KERNEL_MAP = {
     "": None,
     "_ws": kf.standardize_kernel,
-    "_sws": kf.scaled_standardize_kernel,
     "_wc": kf.centre_kernel,
 }
 

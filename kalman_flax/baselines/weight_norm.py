@@ -58,7 +58,7 @@ def weight_norm_conv(
     if options.get("kernel_map") is not None:
         raise ValueError(
             "weight normalisation sets the length of kernels itself; leave kernel_map"
-            " out (the _ws, _sws or _wc at the end of a normaliser's name)."
+            " out (the _ws or _wc at the end of a normaliser's name)."
         )
     # Without a parent the convolution becomes part of the wrapper.
     conv = Conv(features, kernel_size, parent=None, **options)

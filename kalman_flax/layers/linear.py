@@ -26,27 +26,20 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     """Weight standardisation (Qiao et al., 2019): (W - mean) / (std + epsilon).
 
     Mean and standard deviation of each output feature, over height, width and input
-    channels of ``[..., h, w, C, D]``. With kernels of zero mean a constant input gives
-    0, which makes the predicted mean nearly exact.
+    channels of ``[..., h, w, C, D]``.
     """
     std = jnp.std(kernel, _FAN_IN, keepdims=True)
     return centre_kernel(kernel) / (std + epsilon)
 
 
-def scaled_standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """Scaled weight standardisation (Brock et al., 2021): `standardize_kernel`, times
-    sqrt(2 / (1 - 1 / pi)) / sqrt(h w C).
-
-    A rectified Gaussian keeps its variance through such a kernel, so that in a residual
-    network the branches do not drown the stream.
-    """
-    height, width, channels, _ = kernel.shape[-4:]
-    gain = np.sqrt(2 / (1 - 1 / np.pi) / (height * width * channels))
-    return standardize_kernel(kernel, epsilon) * gain
-
-
 def centre_kernel(kernel: jax.Array) -> jax.Array:
-    """W - mean, the mean of each output feature of ``[..., h, w, C, D]``."""
+    """Weight centring: W - mean, the mean of each output feature over height, width and
+    input channels of ``[..., h, w, C, D]``.
+
+    With kernels of zero mean a constant input gives 0, which makes the predicted mean
+    nearly exact. Unlike standardised ones they keep a length of their own, by which a
+    residual network weighs its branches.
+    """
     return kernel - jnp.mean(kernel, _FAN_IN, keepdims=True)
 
 
