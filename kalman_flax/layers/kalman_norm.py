@@ -116,7 +116,7 @@ class KalmanNorm(FilterParameters, nn.Module):
 
     Attributes:
         gain: q, the weight of the observation in [0, 1]; the value learning starts
-            from when it is learned.
+            from when it is learned. The smaller, the nearer is inference to training.
         learn_gain: None (fixed), ``"scalar"`` (one per layer, as in the paper) or
             ``"channel"``. Adds a parameter ``gain``, the logit of q.
         noise: R: None, ``"additive"`` (Sigma_pred + R, R = softplus, from 0.01) or
@@ -146,8 +146,8 @@ class KalmanNorm(FilterParameters, nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     axis_name: str | None = None
-    gain: float = 0.1
-    learn_gain: str | None = "scalar"
+    gain: float = 0.02
+    learn_gain: str | None = None
     noise: str | None = None
     rule: str = "mixture"
     hand_on: str = "normalized"
@@ -258,10 +258,15 @@ class KalmanNorm(FilterParameters, nn.Module):
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
 ReleasedKalmanNorm = functools.partial(
-    KalmanNorm, learn_gain=None, hand_on="raw", outlier_ratio=100.0
+    KalmanNorm, gain=0.1, hand_on="raw", outlier_ratio=100.0
 )
 
-#: Eq. 7 to the letter: raw state, learned scalar q, additive diagonal R.
+#: Eq. 7 to the letter: raw state, scalar q learned from 0.1, additive diagonal R.
 PaperKalmanNorm = functools.partial(
-    KalmanNorm, noise="additive", rule="paper", hand_on="raw"
+    KalmanNorm,
+    gain=0.1,
+    learn_gain="scalar",
+    noise="additive",
+    rule="paper",
+    hand_on="raw",
 )
