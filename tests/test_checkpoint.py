@@ -55,7 +55,7 @@ def test_load_takes_all_but_gain_and_noise(name):
     loaded = kf.load_batch_norm(fresh, checkpoint)
     assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
     kept = {path.split("/")[-1] for path in set(before) - set(flat(checkpoint))}
-    assert kept == ({"gain", "noise"} if name == "kalman_paper" else {"gain"})
+    assert kept == ({"gain", "noise"} if name == "kalman_paper" else set())
     for path, leaf in flat(loaded).items():
         source = flat(checkpoint).get(path, before[path])
         np.testing.assert_array_equal(leaf, source, err_msg=path)

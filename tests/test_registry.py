@@ -105,7 +105,7 @@ def test_options_set_attributes_and_override_presets():
 
 def test_looking_up_leaves_the_registry_alone():
     kf.normalization("kalman", momentum=0.5, gain=0.5)
-    assert made(kf.NORMALIZERS["kalman"]).gain == 0.1
+    assert made(kf.NORMALIZERS["kalman"]).gain == 0.02
     assert made(kf.normalization("kalman")).momentum == 0.99
 
 

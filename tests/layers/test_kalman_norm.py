@@ -99,9 +99,11 @@ def test_gain_of_each_channel_weighs_its_own(x):
     assert_state(state, *filtered(x, gain))
 
 
-def test_fixed_gain_is_no_parameter(x):
-    params = kf.KalmanNorm(**TRAIN, learn_gain=None).init(KEY, x)["params"]
-    assert set(params) == {"scale", "bias"}
+def test_default_has_the_parameters_of_batch_norm_and_a_fixed_gain(x):
+    norm = kf.KalmanNorm(**TRAIN)
+    assert set(norm.init(KEY, x)["params"]) == {"scale", "bias"}
+    state = apply(norm, x, method="filter")[0].state
+    assert_state(state, *filtered(x, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_presets(preset, params, x):
     ({"gain": 1.5}, r"gain is 1.5.*\[0, 1\]"),
     ({"gain": -0.1, "learn_gain": None}, r"gain is -0.1.*\[0, 1\]"),
     ({"gain": float("nan")}, r"gain is nan"),
-    ({"gain": 0.0}, r"gain is 0.0.*learn_gain=None"),
+    ({"gain": 0.0, "learn_gain": "scalar"}, r"gain is 0.0.*learn_gain=None"),
     ({"gain": 1.0, "learn_gain": "channel"}, r"gain is 1.0.*learn_gain=None"),
     ({"learn_gain": "layer"}, r"learn_gain is 'layer'.*'scalar', 'channel'"),
     ({"learn_gain": True}, r"learn_gain is True.*'scalar', 'channel'"),
