@@ -261,3 +261,30 @@ def plot(
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def learned_gains(params: Any) -> dict[str, np.ndarray]:
+    """Returns the gains q that were learned, by layer: ``[1]`` or ``[C]``."""
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    logits = {
+        path.removesuffix("/gain"): leaf
+        for path, leaf in flat.items()
+        if path.endswith("/gain")
+    }
+    return {
+        layer: np.atleast_1d(jax.nn.sigmoid(logits[layer]))
+        for layer in _in_order(logits)
+    }
+
+
+def plot_gains(path: pathlib.Path, gains: dict[str, np.ndarray]) -> None:
+    """Draws the gain of every layer, or the spread of those of its channels."""
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(gains) + 1.5))
+    axes.boxplot(list(gains.values()), orientation="horizontal", whis=(0, 100))
+    axes.set_yticks(range(1, len(gains) + 1), list(gains))
+    axes.invert_yaxis()
+    axes.set(xlabel="gain q, the weight of the observation", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -13,13 +13,15 @@ all training images: observed in the micro-batch, predicted by the filter, filte
 over channels and micro-batches: the paper's claim, taken at its word (its Fig. 5 and
 Table 7). Works for the Kalman normalisers and for batch norm, in whose network it shows
 what the filter would predict. Writes statistics.csv (by layer), statistics.json
-(summary, with command, hardware, versions) and statistics.png into the run.
+(summary, with command, hardware, versions) and statistics.png into the run, and
+gains.png where the gain was learned.
 """
 
 import csv
 import dataclasses
 import pathlib
 
+import numpy as np
 from absl import flags
 
 from train import cli, estimates
@@ -72,6 +74,11 @@ def main() -> None:
     )
     estimates.plot(workdir / "statistics.png", rows, summary, pictured)
     print(f"written: {workdir}/statistics.csv, .json, .png")
+    if gains := estimates.learned_gains(state.params):
+        everything = np.concatenate(list(gains.values()))
+        low, median, high = np.quantile(everything, (0.0, 0.5, 1.0))
+        print(f"learned gains: median {median:.3f}, {low:.3f} to {high:.3f}; gains.png")
+        estimates.plot_gains(workdir / "gains.png", gains)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import jax
 import numpy as np
@@ -88,7 +89,8 @@ def test_summary_weighs_channels_alike():
 
 
 def test_command(tmp_path):
-    run("train", *TINY, f"--workdir={tmp_path}")
+    learned = '--config.norm_options={"learn_gain": "channel", "gain": 0.3}'
+    run("train", *TINY, learned, f"--workdir={tmp_path}")
     sizes = "--micro_batch_sizes=1,4"
     out = run("train.statistics", f"--workdir={tmp_path}", sizes)
     table = [line for line in out.splitlines() if line.startswith("|")]
@@ -99,6 +101,9 @@ def test_command(tmp_path):
     assert [r["layer"] for r in rows[:: len(ESTIMATES)][:7]][-1] == "final_norm"
     content = json.loads((tmp_path / "statistics.json").read_text())
     assert len(content["summary"]) == 2 * len(ESTIMATES)
-    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("statistics.png", "gains.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    median = re.search(r"learned gains: median (\S+),", out).group(1)
+    assert 0.2 < float(median) < 0.4 and median != "0.300"
     out = run("train.statistics", f"--workdir={tmp_path}", "--images=1", status=1)
     assert "error: 1 images" in out
