@@ -228,14 +228,20 @@ def plot(
     rows: list[dict[str, Any]],
     summary: list[dict[str, Any]],
     maps: dict[str, Layers],
+    size: int,
 ) -> None:
-    """Draws the errors by micro-batch size and by layer, and the paper's Fig. 5: the
-    gap between the variance used and the moving one, micro-batches by channels."""
+    """Draws the errors by micro-batch size and, at `size`, by layer; and from `maps`,
+    the estimates at `size`, the paper's Fig. 5: the gap between the variance used and
+    the moving one, micro-batches by channels."""
     figure, axes = plt.subplots(2, 3, figsize=(16, 9))
     sizes = sorted({line["micro_batch_size"] for line in summary})
     chosen = next(iter(maps.values()))
-    depths = [row for row in rows if row["micro_batch_size"] == sizes[0]]
-    for column, name in enumerate(("mean_error", "variance_error")):
+    depths = [row for row in rows if row["micro_batch_size"] == size]
+    titles = {
+        "mean_error": "RMS of (mean - mean*) / std*",
+        "variance_error": "RMS of log(var / var*)",
+    }
+    for column, (name, title) in enumerate(titles.items()):
         for kind in ESTIMATES:
             errors_ = [line[name] for line in summary if line["estimate"] == kind]
             axes[0, column].plot(sizes, errors_, "o-", label=kind)
@@ -245,8 +251,8 @@ def plot(
             )
         axes[0, column].set(xscale="log", yscale="log", xlabel="micro-batch size")
         axes[0, column].set_xticks(sizes, [str(size) for size in sizes])
-        axes[1, column].set(xlabel=f"layer, at micro-batch {sizes[0]}", yscale="log")
-        axes[0, column].set_title(f"RMS {name.replace('_', ' of ')}")
+        axes[1, column].set(xlabel=f"layer, at micro-batch {size}", yscale="log")
+        axes[0, column].set_title(title)
     axes[0, 0].legend()
     layers = _in_order(chosen)
     layer = layers[len(layers) // 2]

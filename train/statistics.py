@@ -53,13 +53,14 @@ def main() -> None:
     experiment = build(config, cli.DATA_DIR.value)
     state = wd.last_checkpoint(workdir, experiment.state)
     experiment = dataclasses.replace(experiment, state=state)
-    rows, pictured = [], None
-    for size in map(int, _MICRO_BATCH_SIZES.value):
+    rows, sizes = [], [int(size) for size in _MICRO_BATCH_SIZES.value]
+    own = config.micro_batch_size if config.micro_batch_size in sizes else sizes[0]
+    for size in sizes:
         truth, found = estimates.collect(
             experiment, config, size, _IMAGES.value, _KEPT.value
         )
         rows += estimates.rows_of(truth, found, size)
-        if pictured is None or size == config.micro_batch_size:
+        if size == own:
             pictured = found
         print(f"micro-batch {size}: done", flush=True)
     summary = estimates.summarise(rows)
@@ -72,7 +73,7 @@ def main() -> None:
         workdir / "statistics.json",
         {**wd.provenance(), "config": config.to_dict(), "summary": summary},
     )
-    estimates.plot(workdir / "statistics.png", rows, summary, pictured)
+    estimates.plot(workdir / "statistics.png", rows, summary, pictured, own)
     print(f"written: {workdir}/statistics.csv, .json, .png")
     if gains := estimates.learned_gains(state.params):
         everything = np.concatenate(list(gains.values()))
