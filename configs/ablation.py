@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         ("noise added", options(noise="additive")),
         ("noise multiplied", options(noise="multiplicative")),
         ("raw state", options(hand_on="raw")),
-        ("raw state, their guard", options(hand_on="raw", outlier_ratio=100.0)),
+        ("raw state and guard", options(hand_on="raw", outlier_ratio=100.0)),
         ("no border", {"norm": "control_no_border_wc"}),
         ("Monte Carlo", {"norm": "kalman_mc_wc"}),
         ("no gradient through prediction", {"norm": "control_constant_wc"}),

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     """Returns the study."""
     config = cifar10_tiny.get_config()
     config.variants = tuple(
-        (f"{norm}, {change}", {"norm": norm} | keys)
+        (f"{norm} {change}", {"norm": norm} | keys)
         for change, keys in CHANGES.items()
         for norm in NORMS
     )

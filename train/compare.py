@@ -35,6 +35,9 @@ _NORMS = flags.DEFINE_list(
     " batch@128 is run at that micro-batch size alone, whatever --micro_batch_sizes"
     " says. Default: the variants of the config, or batch,kalman if it has none.",
 )
+_VARIANTS = flags.DEFINE_list(
+    "variants", None, "Of a study, the variants to run (default: all)."
+)
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
     "micro_batch_sizes",
     None,
@@ -58,6 +61,20 @@ def parse_norm(text: str) -> Entry:
     """Returns the entry of ``name`` or ``name@size``, an item of --norms."""
     name, at, size = text.partition("@")
     return Entry(name, {"norm": name} | (_micro_batch(size, name) if at else {}))
+
+
+def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
+    """Returns the entries of a study that are named; all for None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = {entry.variant: entry for entry in study}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(
+            f"unknown variants {unknown}; the config has {list(known) or 'none'}."
+        )
+    return [known[name] for name in known if names is None or name in names]
 
 
 def at_sizes(entries: Iterable[Entry], sizes: list[str]) -> list[Entry]:
@@ -103,7 +120,7 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
 def main() -> None:
     """Runs what is missing, prints the table, writes CSV, JSON and PNG."""
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    entries = [Entry(*variant) for variant in config.variants]
+    entries = chosen([Entry(*variant) for variant in config.variants], _VARIANTS.value)
     if _NORMS.value or not entries:
         entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
     sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]

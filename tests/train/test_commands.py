@@ -13,7 +13,7 @@ import pytest
 
 from tests.train.common import tiny_config
 from train import report
-from train.compare import Entry, at_sizes, configure, parse_norm
+from train.compare import Entry, at_sizes, chosen, configure, parse_norm
 from train.experiment import check
 
 STUDIES = ("ablation", "micro_batch_sizes", "single_device", "robustness")
@@ -150,6 +150,15 @@ def test_studies_can_be_run(study):
         check(run)
         runs.add(run.to_json())
     assert len(runs) == len(config.variants) > 3
+    assert not any("," in name for name, _ in config.variants)  # for --variants
+
+
+def test_a_part_of_a_study():
+    study = [Entry(name, {}) for name in ("a", "b", "c")]
+    assert chosen(study, None) == study
+    assert chosen(study, ["c", "a"]) == [study[0], study[2]]
+    with pytest.raises(ValueError, match=r"unknown variants \['d'\].*'a', 'b', 'c'"):
+        chosen(study, ["a", "d"])
 
 
 def test_a_study_names_its_unknown_keys():
