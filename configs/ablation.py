@@ -3,8 +3,8 @@
     python -m train.compare --config=configs/ablation.py --seeds=2 \\
         --workdir=runs/ablation --data_dir=DIR
 
-The reference is kalman_wc, whose gain is 0.02. Two controls decide whether the *prediction* matters: one
-shuffled over the channels, and moving averages in its place.
+The reference is kalman_wc, whose gain is 0.02. Two controls decide whether the
+*prediction* matters: one shuffled over the channels, and moving averages in its place.
 """
 
 import json

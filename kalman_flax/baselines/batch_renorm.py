@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.normalizer import RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize, normalized_state
 
 
-class BatchRenorm(Unfiltered, nn.Module):
+class BatchRenorm(Unfiltered, RunningNormalizer):
     """x_hat = (x - mu_B) / sigma_B r + d, then scale and bias as in batch norm, with
     r = clip(sigma_B / sigma, 1 / r_max, r_max) and d = clip((mu_B - mu) / sigma,
     -d_max, d_max), constants to the gradient; mu and sigma are the moving statistics
@@ -52,17 +50,7 @@ class BatchRenorm(Unfiltered, nn.Module):
         ValueError: a bound or a step outside its range.
     """
 
-    use_running_average: bool | None = None
     axis: int = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-    axis_name: str | None = None
     r_max: float = 3.0
     d_max: float = 5.0
     warmup_steps: int = 5_000
@@ -103,36 +91,22 @@ class BatchRenorm(Unfiltered, nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         value = as_signal(x).value
-        shape = (value.shape[self.axis],)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        channels = value.shape[self.axis]
+        state = running = self._running(channels)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
-        scale = 1.0 if scale is None else scale
-        bias = 0.0 if bias is None else bias
+        slope, offset = scale, bias = self._affine(channels)
 
-        state = running = KalmanState(mean.value, var.value)
         if not use_running_average:
-            axis_name = None if self.is_initializing() else self.axis_name
-            state = observe(value, axis=self.axis, mask=mask, axis_name=axis_name)
+            state = self._observe(value, axis=self.axis, mask=mask)
             r, d = self._correction(state, running, steps.value)
             # The correction goes between normalisation, and scale and bias.
-            scale, bias = scale * r, scale * d + bias
+            slope, offset = scale * r, scale * d + bias
+            self._move_running(running, state)
             if not self.is_initializing():
-                kept = self.momentum
-                mean.value = kept * running.mean + (1 - kept) * state.mean
-                var.value = kept * running.var + (1 - kept) * state.var
                 steps.value += 1.0
-        y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
-        y = y.astype(dtype)
-        if not isinstance(x, Signal):
-            return y
-        return Signal(y, normalized_state(state, scale, bias, epsilon=self.epsilon))
+        y = normalize(value, state, slope, offset, epsilon=self.epsilon, axis=self.axis)
+        state = normalized_state(state, slope, offset, epsilon=self.epsilon)
+        return self._output(x, y, scale, bias, state=state)
 
     def _correction(
         self, observed: KalmanState, running: KalmanState, steps: jax.Array

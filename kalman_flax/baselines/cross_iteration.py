@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.normalizer import RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.predict import predict_affine
@@ -94,7 +95,7 @@ class CrossIterationConv(Conv):
         return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
 
 
-class CrossIterationBatchNorm(Unfiltered, nn.Module):
+class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
     """Batch normalisation by the mean and variance of the last `window` micro-batches,
     the past ones as they would be with today's kernel of the convolution before: mu' =
     mu + <d mu / dW, W_t - W>, nu' = nu + <d nu / dW, W_t - W> for nu = E[x^2], averaged
@@ -145,17 +146,7 @@ class CrossIterationBatchNorm(Unfiltered, nn.Module):
         ValueError: a window below 1 or a negative burn-in.
     """
 
-    use_running_average: bool | None = None
     axis: int = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-    axis_name: str | None = None
     window: int = 4
     burn_in: int = 0
 
@@ -183,37 +174,23 @@ class CrossIterationBatchNorm(Unfiltered, nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         value = as_signal(x).value
-        shape = (value.shape[self.axis],)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
-        scale = 1.0 if scale is None else scale
-        bias = 0.0 if bias is None else bias
+        channels = value.shape[self.axis]
+        observed = state = running = self._running(channels)
+        scale, bias = self._affine(channels)
 
         training = not use_running_average
-        observed = state = running = KalmanState(mean.value, var.value)
         if training:
-            axis_name = None if self.is_initializing() else self.axis_name
-            observed = state = observe(value, axis=self.axis, axis_name=axis_name)
+            observed = state = self._observe(value, axis=self.axis)
         conv = x.state if isinstance(x, Signal) else None
         if isinstance(conv, ConvState) and (training or self.is_initializing()):
             state = self._look_back(observed, conv)
-        if training and not self.is_initializing():
-            kept = self.momentum
-            mean.value = kept * running.mean + (1 - kept) * state.mean
-            var.value = kept * running.var + (1 - kept) * state.var
+        if training:
+            self._move_running(running, state)
 
         y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
-        y = y.astype(dtype)
-        if not isinstance(x, Signal):
-            return y
         slope = scale * lax.rsqrt(state.var + self.epsilon)
-        return Signal(y, predict_affine(observed, slope, bias - slope * state.mean))
+        moments = predict_affine(observed, slope, bias - slope * state.mean)
+        return self._output(x, y, scale, bias, state=moments)
 
     def _look_back(self, observed: KalmanState, conv: ConvState) -> KalmanState:
         """Combines what was observed with the past, and keeps it as the latest past."""

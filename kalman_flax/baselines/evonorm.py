@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.normalizer import Normalizer, RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize
 
 
-class _EvoNorm(Unfiltered, nn.Module):
+class _EvoNorm(Unfiltered, Normalizer):
     """What both share: the parameters, the affine map, the contract of Signals."""
-
-    use_running_average: bool | None = None
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
 
     @nn.compact
     def __call__(
@@ -46,21 +36,12 @@ class _EvoNorm(Unfiltered, nn.Module):
             A Signal of unknown state for a Signal, an array for an array.
         """
         value = as_signal(x).value
-        shape = value.shape[-1:]
-
-        def parameter(name: str, init: nn.initializers.Initializer) -> jax.Array:
-            return self.param(name, init, shape, self.param_dtype)
-
-        v = parameter("nonlinearity_scale", nn.initializers.ones)
-        scale = parameter("scale", self.scale_init) if self.use_scale else None
-        bias = parameter("bias", self.bias_init) if self.use_bias else None
+        shape, ones = value.shape[-1:], nn.initializers.ones
+        v = self.param("nonlinearity_scale", ones, shape, self.param_dtype)
+        scale, bias = self._affine(value.shape[-1])
         wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        y = self._activate(wide, v, use_running_average, mask)
-        y = y if scale is None else y * scale
-        y = y if bias is None else y + bias
-        dtype = nn.dtypes.canonicalize_dtype(value, v, scale, bias, dtype=self.dtype)
-        y = y.astype(dtype)
-        return Signal(y) if isinstance(x, Signal) else y
+        y = self._activate(wide, v, use_running_average, mask) * scale + bias
+        return self._output(x, y, v, scale, bias)
 
     def _activate(
         self,
@@ -72,7 +53,7 @@ class _EvoNorm(Unfiltered, nn.Module):
         raise NotImplementedError
 
 
-class EvoNormB0(_EvoNorm):
+class EvoNormB0(_EvoNorm, RunningNormalizer):
     """scale x / max(sqrt(var_NHW + epsilon), v x + sqrt(var_HW + epsilon)) + bias, with
     the biased variances of the batch and of each example, per channel (Liu et al.,
     "Evolving Normalization-Activation Layers", NeurIPS 2020; constants from their code,
@@ -87,9 +68,6 @@ class EvoNormB0(_EvoNorm):
     nothing but to merge the variances of several replicas.
     """
 
-    momentum: float = 0.99
-    axis_name: str | None = None
-
     def _activate(
         self,
         x: jax.Array,
@@ -100,17 +78,10 @@ class EvoNormB0(_EvoNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        batch = KalmanState(mean.value, var.value)
+        batch = running = self._running(x.shape[-1])
         if not use_running_average:
-            axis_name = None if self.is_initializing() else self.axis_name
-            batch = observe(x, mask=mask, axis_name=axis_name)
-            if not self.is_initializing():
-                kept = self.momentum
-                mean.value = kept * mean.value + (1 - kept) * batch.mean
-                var.value = kept * var.value + (1 - kept) * batch.var
+            batch = self._observe(x, mask=mask)
+            self._move_running(running, batch)
         instance = observe(x, "instance", mask=mask)
         of_batch = jnp.sqrt(batch.var + self.epsilon)
         of_example = jnp.sqrt(instance.var + self.epsilon)

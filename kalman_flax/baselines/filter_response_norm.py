@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.normalizer import Normalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize
 
 
-class FilterResponseNorm(Unfiltered, nn.Module):
+class FilterResponseNorm(Unfiltered, Normalizer):
     """max(scale x / sqrt(nu2 + epsilon) + bias, threshold), where nu2 is the mean of
     x^2 over the map of each example and channel (Singh and Krishnan, "Filter Response
     Normalization Layer", CVPR 2020). It has its nonlinearity, TLU, in it, so no
@@ -40,14 +39,7 @@ class FilterResponseNorm(Unfiltered, nn.Module):
         ValueError: an epsilon that is not above 0.
     """
 
-    use_running_average: bool | None = None
     epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     learn_epsilon: bool = False
 
     def __post_init__(self):
@@ -77,28 +69,14 @@ class FilterResponseNorm(Unfiltered, nn.Module):
             A Signal of unknown state for a Signal, an array for an array.
         """
         value = as_signal(x).value
-        shape = value.shape[-1:]
-
-        def parameter(name: str, init: nn.initializers.Initializer) -> jax.Array:
-            return self.param(name, init, shape, self.param_dtype)
-
-        scale = parameter("scale", self.scale_init) if self.use_scale else None
-        bias = parameter("bias", self.bias_init) if self.use_bias else None
-        threshold = parameter("threshold", nn.initializers.zeros)
+        shape, zeros = value.shape[-1:], nn.initializers.zeros
+        scale, bias = self._affine(value.shape[-1])
+        threshold = self.param("threshold", zeros, shape, self.param_dtype)
         epsilon = self.epsilon
         if self.learn_epsilon:
             init = nn.initializers.constant(1e-4)
             epsilon += jnp.abs(self.param("epsilon", init, (), jnp.float32))
         mean, var = observe(value, "instance", mask=mask)
-        y = normalize(
-            value,
-            KalmanState(0.0, jnp.square(mean) + var),
-            1.0 if scale is None else scale,
-            0.0 if bias is None else bias,
-            epsilon=epsilon,
-        )
-        dtype = nn.dtypes.canonicalize_dtype(
-            value, scale, bias, threshold, dtype=self.dtype
-        )
-        y = jnp.maximum(y, threshold).astype(dtype)
-        return Signal(y) if isinstance(x, Signal) else y
+        square = KalmanState(0.0, jnp.square(mean) + var)
+        y = normalize(value, square, scale, bias, epsilon=epsilon)
+        return self._output(x, jnp.maximum(y, threshold), scale, bias, threshold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax.baselines.flax_norms import Unfiltered
+from kalman_flax.layers.normalizer import Normalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize
 
 
-class MovingAverageBatchNorm(Unfiltered, nn.Module):
+class MovingAverageBatchNorm(Unfiltered, Normalizer):
     """MABN: y = scale r z + bias with z = x / sqrt(M + epsilon), where M is the mean of
     E[x^2] over the last `window` micro-batches, and r = clip(sqrt(M + epsilon) /
     sqrt(running + epsilon), 1 / max_renorm, max_renorm) is a constant; the gradient is
@@ -59,16 +59,8 @@ class MovingAverageBatchNorm(Unfiltered, nn.Module):
         ValueError: a window below 1, or max_renorm below 1.
     """
 
-    use_running_average: bool | None = None
     axis: int = -1
     momentum: float = 0.98
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     axis_name: str | None = None
     window: int = 16
     warmup_steps: int = 100
@@ -103,11 +95,7 @@ class MovingAverageBatchNorm(Unfiltered, nn.Module):
         )
         value = jnp.moveaxis(as_signal(x).value, self.axis, -1)
         shape, slots = value.shape[-1:], (self.window, value.shape[-1])
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        scale, bias = self._affine(value.shape[-1])
         running = self.variable(
             "batch_stats", "mean_square", jnp.ones, shape, jnp.float32
         )
@@ -136,11 +124,8 @@ class MovingAverageBatchNorm(Unfiltered, nn.Module):
                 history.value = squares
                 step.value = count
 
-        y = z if scale is None else z * scale
-        y = y if bias is None else y + bias
-        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
-        y = jnp.moveaxis(y, -1, self.axis).astype(dtype)
-        return Signal(y) if isinstance(x, Signal) else y
+        y = jnp.moveaxis(z * scale + bias, -1, self.axis)
+        return self._output(x, y, scale, bias)
 
     def _renorm(
         self, mean_square: jax.Array, running: jax.Array, count: jax.Array

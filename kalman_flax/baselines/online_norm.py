@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,13 +11,14 @@ from jax import lax
 
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.baselines.moving_average_norm import gradient_stat
+from kalman_flax.layers.normalizer import Normalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState, check_choice
 from kalman_flax.update import normalize
 
 
-class OnlineNorm(Unfiltered, nn.Module):
+class OnlineNorm(Unfiltered, Normalizer):
     """Normalises each image by the mean and variance of those before it, y = (x - mean)
     / sqrt(var + epsilon), which it then moves, with a = `alpha_forward` and the image's
     moments m and s: var <- a var + (1 - a) s + a (1 - a) (m - mean)^2, mean <- a mean +
@@ -59,15 +59,7 @@ class OnlineNorm(Unfiltered, nn.Module):
         ValueError: a decay outside [0, 1), or an unknown error_control.
     """
 
-    use_running_average: bool | None = None
     axis: int = -1
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     alpha_forward: float = 0.999
     alpha_backward: float = 0.99
     error_control: str | None = "layer_scaling"
@@ -101,11 +93,7 @@ class OnlineNorm(Unfiltered, nn.Module):
         )
         value = jnp.moveaxis(as_signal(x).value, self.axis, -1)
         shape = value.shape[-1:]
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        scale, bias = self._affine(value.shape[-1])
         # Not called mean and var: `merge_running` would add the variance between the
         # replicas by the weight of a micro-batch, but here each image has its own.
         mean = self.variable(
@@ -128,17 +116,14 @@ class OnlineNorm(Unfiltered, nn.Module):
             if not self.is_initializing():
                 mean.value, var.value = after
 
-        y = y if scale is None else y * scale
-        y = y if bias is None else y + bias
+        y = y * scale + bias
         if self.error_control == "layer_scaling":
             axes = tuple(range(1, y.ndim))
             square = jnp.mean(jnp.square(y), axes, keepdims=True)
             y *= lax.rsqrt(square + self.epsilon)
         elif self.error_control == "clamp":
             y = jnp.clip(y, -self.clamp_value, self.clamp_value)
-        dtype = nn.dtypes.canonicalize_dtype(value, scale, bias, dtype=self.dtype)
-        y = jnp.moveaxis(y, -1, self.axis).astype(dtype)
-        return Signal(y) if isinstance(x, Signal) else y
+        return self._output(x, jnp.moveaxis(y, -1, self.axis), scale, bias)
 
 
 def _stream(

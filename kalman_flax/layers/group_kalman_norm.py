@@ -14,7 +14,7 @@ from kalman_flax.layers.signal import Signal, as_signal, state_of
 from kalman_flax.observe import observe
 from kalman_flax.predict import predict_affine, predict_group
 from kalman_flax.state import KalmanState
-from kalman_flax.update import update
+from kalman_flax.update import normalize, update
 
 
 class GroupKalmanNorm(FilterParameters, nn.Module):
@@ -115,17 +115,14 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
 
     def normalize(self, x: Signal) -> Signal:
         """The second step: normalises what `filter` returned by its groups."""
-        parameters = self._variables(x.value.shape[self.axis])
-        group = predict_group(x.state, self.num_groups)
-        value = self._normalized_value(x.value, group, parameters)
-        if self.hand_on == "raw":
-            return Signal(value, group)
-        scale, bias = parameters.affine
-        centred = KalmanState(x.state.mean - group.mean, x.state.var)
-        state = predict_affine(
-            centred, scale * lax.rsqrt(group.var + self.epsilon), bias
-        )
-        return Signal(value, state)
+        *_, scale, bias = self._variables(x.value.shape[self.axis])
+        state = group = predict_group(x.state, self.num_groups)
+        y = normalize(x.value, group, scale, bias, epsilon=self.epsilon, axis=self.axis)
+        if self.hand_on == "normalized":
+            slope = scale * lax.rsqrt(group.var + self.epsilon)
+            centred = KalmanState(x.state.mean - group.mean, x.state.var)
+            state = predict_affine(centred, slope, bias)
+        return self._output(x, y, scale, bias, state=state)
 
     @nn.compact
     def _variables(self, channels: int) -> Parameters:

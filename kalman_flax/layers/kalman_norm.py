@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax.layers.normalizer import Affine, RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal, state_of
-from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState, check_choice
 from kalman_flax.update import (
     RULES,
@@ -27,20 +27,12 @@ class Parameters(NamedTuple):
 
     gain: jax.Array | float  # q in [0, 1], scalar or [C]
     predict_noise: Callable[[KalmanState], KalmanState]  # adds R to a prediction
-    scale: jax.Array | None  # gamma, [C]
-    bias: jax.Array | None  # beta, [C]
-
-    @property
-    def affine(self) -> tuple[jax.Array | float, jax.Array | float]:
-        """Scale and bias, 1 and 0 where they are not used."""
-        return (
-            1.0 if self.scale is None else self.scale,
-            0.0 if self.bias is None else self.bias,
-        )
+    scale: jax.Array | float  # gamma, [C]
+    bias: jax.Array | float  # beta, [C]
 
 
-class FilterParameters:
-    """Mixin of what every Kalman normaliser learns and how it applies it.
+class FilterParameters(Affine):
+    """Mixin of what every Kalman normaliser learns.
 
     Its attributes are those of `KalmanNorm`, with the same meaning.
     """
@@ -60,17 +52,8 @@ class FilterParameters:
 
     def _parameters(self, channels: int) -> Parameters:
         """To be called in the compact method of the normaliser."""
-        shape = (channels,)
-
-        def optional(used: bool, name: str, init: Any) -> jax.Array | None:
-            return self.param(name, init, shape, self.param_dtype) if used else None
-
-        return Parameters(
-            self._gain(shape),
-            self._noise(shape),
-            optional(self.use_scale, "scale", self.scale_init),
-            optional(self.use_bias, "bias", self.bias_init),
-        )
+        gain, noise = self._gain((channels,)), self._noise((channels,))
+        return Parameters(gain, noise, *self._affine(channels))
 
     def _gain(self, shape: tuple[int, ...]) -> jax.Array | float:
         if self.learn_gain is None:
@@ -89,19 +72,8 @@ class FilterParameters:
         r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
         return lambda state: state._replace(var=state.var * r)
 
-    def _normalized_value(
-        self, value: jax.Array, by: KalmanState, parameters: Parameters
-    ) -> jax.Array:
-        """`normalize` with the parameters, in the dtype that `nn.BatchNorm` gives."""
-        scale, bias = parameters.affine
-        y = normalize(value, by, scale, bias, epsilon=self.epsilon, axis=self.axis)
-        dtype = nn.dtypes.canonicalize_dtype(
-            value, parameters.scale, parameters.bias, dtype=self.dtype
-        )
-        return y.astype(dtype)
 
-
-class KalmanNorm(FilterParameters, nn.Module):
+class KalmanNorm(FilterParameters, RunningNormalizer):
     """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
 
     On a Signal with a state: adds process noise R to the predicted variance, combines
@@ -135,17 +107,7 @@ class KalmanNorm(FilterParameters, nn.Module):
             unknown option; a state of another number of channels than the value.
     """
 
-    use_running_average: bool | None = None
     axis: int = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-    axis_name: str | None = None
     gain: float = 0.02
     learn_gain: str | None = None
     noise: str | None = None
@@ -194,8 +156,7 @@ class KalmanNorm(FilterParameters, nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = as_signal(x)
-        parameters, mean, var = self._variables(x.value.shape[self.axis])
-        running = KalmanState(mean.value, var.value)
+        parameters, running = self._variables(x.value.shape[self.axis])
         predicted = state_of(x, self.axis)
         if predicted is not None and predicted.mean.ndim > 1:
             raise ValueError(
@@ -204,12 +165,7 @@ class KalmanNorm(FilterParameters, nn.Module):
             )
         if use_running_average:
             return x.replace(state=running)
-        state = observe(
-            x.value,
-            axis=self.axis,
-            mask=mask,
-            axis_name=None if self.is_initializing() else self.axis_name,
-        )
+        state = self._observe(x.value, axis=self.axis, mask=mask)
         self._report("observed", state)
         if predicted is not None:
             self._report("predicted", predicted)
@@ -221,20 +177,17 @@ class KalmanNorm(FilterParameters, nn.Module):
             # below that they follow from, again at every pixel.
             state = jax.lax.optimization_barrier(state)
         self._report("filtered", state)
-        if not self.is_initializing():
-            kept = self.momentum
-            mean.value = kept * running.mean + (1 - kept) * state.mean
-            var.value = kept * running.var + (1 - kept) * state.var
+        self._move_running(running, state)
         return x.replace(state=state)
 
     def normalize(self, x: Signal) -> Signal:
         """The second step: normalises what `filter` returned by its state."""
-        parameters, *_ = self._variables(x.value.shape[self.axis])
-        value = self._normalized_value(x.value, x.state, parameters)
-        state = x.state
+        value, state = x.value, x.state
+        (*_, scale, bias), _ = self._variables(value.shape[self.axis])
+        y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
         if self.hand_on == "normalized":
-            state = normalized_state(state, *parameters.affine, epsilon=self.epsilon)
-        return Signal(value, state)
+            state = normalized_state(state, scale, bias, epsilon=self.epsilon)
+        return self._output(x, y, scale, bias, state=state)
 
     def _report(self, name: str, state: KalmanState) -> None:
         """Leaves `state` in ``intermediates``, where that is mutable."""
@@ -247,13 +200,8 @@ class KalmanNorm(FilterParameters, nn.Module):
         )
 
     @nn.compact
-    def _variables(self, channels: int) -> tuple[Parameters, nn.Variable, nn.Variable]:
-        shape = (channels,)
-        return (
-            self._parameters(channels),
-            self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
-            self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
-        )
+    def _variables(self, channels: int) -> tuple[Parameters, KalmanState]:
+        return self._parameters(channels), self._running(channels)
 
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
