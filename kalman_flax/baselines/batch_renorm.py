@@ -50,7 +50,6 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
         ValueError: a bound or a step outside its range.
     """
 
-    axis: int = -1
     r_max: float = 3.0
     d_max: float = 5.0
     warmup_steps: int = 5_000

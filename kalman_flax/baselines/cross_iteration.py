@@ -146,7 +146,6 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
         ValueError: a window below 1 or a negative burn-in.
     """
 
-    axis: int = -1
     window: int = 4
     burn_in: int = 0
 

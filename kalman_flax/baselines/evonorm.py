@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer, RunningNormalizer
+from kalman_flax.layers.normalizer import Normalizer, Running
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState
@@ -53,7 +53,7 @@ class _EvoNorm(Unfiltered, Normalizer):
         raise NotImplementedError
 
 
-class EvoNormB0(_EvoNorm, RunningNormalizer):
+class EvoNormB0(Running, _EvoNorm):
     """scale x / max(sqrt(var_NHW + epsilon), v x + sqrt(var_HW + epsilon)) + bias, with
     the biased variances of the batch and of each example, per channel (Liu et al.,
     "Evolving Normalization-Activation Layers", NeurIPS 2020; constants from their code,
@@ -67,6 +67,9 @@ class EvoNormB0(_EvoNorm, RunningNormalizer):
     and so are the running ``mean`` and ``var`` in ``batch_stats``: the mean is used for
     nothing but to merge the variances of several replicas.
     """
+
+    momentum: float = 0.99
+    axis_name: str | None = None
 
     def _activate(
         self,

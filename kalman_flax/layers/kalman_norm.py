@@ -107,7 +107,6 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             unknown option; a state of another number of channels than the value.
     """
 
-    axis: int = -1
     gain: float = 0.02
     learn_gain: str | None = None
     noise: str | None = None

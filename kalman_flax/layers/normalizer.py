@@ -40,24 +40,8 @@ class Affine:
         return Signal(y, state) if isinstance(x, Signal) else y
 
 
-class Normalizer(Affine, nn.Module):
-    """Base of normalisers with these attributes of `nn.BatchNorm`."""
-
-    use_running_average: bool | None = None
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-
-
-class RunningNormalizer(Normalizer):
-    """`Normalizer` that keeps the running ``mean`` and ``var`` of `nn.BatchNorm`."""
-
-    momentum: float = 0.99
-    axis_name: str | None = None
+class Running:
+    """Mixin: the running ``mean`` and ``var`` of `nn.BatchNorm`."""
 
     @nn.nowrap
     def _running(self, channels: int) -> KalmanState:
@@ -83,3 +67,32 @@ class RunningNormalizer(Normalizer):
         kept = self.momentum
         for name, old, new in zip(KalmanState._fields, running, state):
             self.put_variable("batch_stats", name, kept * old + (1 - kept) * new)
+
+
+class Normalizer(Affine, nn.Module):
+    """Base of normalisers with these attributes of `nn.BatchNorm`."""
+
+    use_running_average: bool | None = None
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+
+
+class RunningNormalizer(Running, Affine, nn.Module):
+    """Base of normalisers with all attributes of `nn.BatchNorm`, in its order."""
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    axis_name: str | None = None
