@@ -29,7 +29,12 @@ class Net(nn.Module):
     def __call__(self, images, mask=None):
         norm = nn.remat(kf.KalmanNorm) if self.remat else kf.KalmanNorm
         norm = functools.partial(
-            norm, not self.train, axis_name=self.axis_name, gain=0.4, noise="additive"
+            norm,
+            not self.train,
+            axis_name=self.axis_name,
+            gain=0.4,
+            learn_gain="scalar",
+            noise="additive",
         )
         conv = nn.remat(kf.Conv) if self.remat else kf.Conv
         x = Signal(images, KalmanState(0.0, 1.0))
