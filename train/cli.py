@@ -32,6 +32,17 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def micro_batch_size(text: str) -> int:
+    """Reads a micro-batch size that a user gave.
+
+    Raises:
+        ValueError: it is not a positive number.
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"micro-batch size {text!r}; expected a positive number.")
+    return int(text)
+
+
 def _parse(arguments: list[str]) -> list[str]:
     """Parses flags; what ml_collections raises for a bad --config is input as well."""
     try:

@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 def parse_norm(text: str) -> Entry:
     """Returns the entry of ``name`` or ``name@size``, an item of --norms."""
     name, at, size = text.partition("@")
-    return Entry(name, {"norm": name} | (_micro_batch(size, name) if at else {}))
+    return Entry(name, {"norm": name} | (_micro_batch(size) if at else {}))
 
 
 def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
@@ -86,17 +86,13 @@ def at_sizes(entries: Iterable[Entry], sizes: list[str]) -> list[Entry]:
         for size in (
             [{}]
             if "micro_batch_size" in overrides
-            else [_micro_batch(size, variant) for size in dict.fromkeys(sizes)]
+            else [_micro_batch(size) for size in dict.fromkeys(sizes)]
         )
     ]
 
 
-def _micro_batch(size: str, variant: str) -> dict[str, int]:
-    if not size.isdigit() or int(size) < 1:
-        raise ValueError(
-            f"micro-batch size {size!r} of {variant}; expected a positive number."
-        )
-    return {"micro_batch_size": int(size)}
+def _micro_batch(size: str) -> dict[str, int]:
+    return {"micro_batch_size": cli.micro_batch_size(size)}
 
 
 def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:

@@ -53,10 +53,7 @@ def main() -> None:
     experiment = build(config, cli.DATA_DIR.value)
     state = wd.last_checkpoint(workdir, experiment.state)
     experiment = dataclasses.replace(experiment, state=state)
-    for size in _MICRO_BATCH_SIZES.value:
-        if not size.isdigit() or int(size) < 1:
-            raise ValueError(f"micro-batch size {size!r}; expected a positive number.")
-    rows, sizes = [], [int(size) for size in _MICRO_BATCH_SIZES.value]
+    rows, sizes = [], [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value]
     own = config.micro_batch_size if config.micro_batch_size in sizes else sizes[0]
     for size in sizes:
         truth, found = estimates.collect(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer
+from kalman_flax.layers.normalizer import Normalizer, gradient_stat
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize
@@ -134,21 +134,6 @@ class MovingAverageBatchNorm(Unfiltered, Normalizer):
         r = jnp.clip(r, 1.0 / self.max_renorm, self.max_renorm)
         warm = count > max(self.renorm_warmup_steps, self.warmup_steps)
         return jnp.where(warm, r, 1.0)
-
-
-def gradient_stat(
-    module: nn.Module, name: str, shape: tuple[int, ...], like: jax.Array
-) -> jax.Array:
-    """A variable in ``gradient_stats``, zeros where the collection was not passed.
-
-    Its gradient is its next value, or the sum of those that replicas propose.
-    """
-    if module.is_initializing():
-        module.variable("gradient_stats", name, jnp.zeros, shape, jnp.float32)
-    stat = module.get_variable("gradient_stats", name, jnp.zeros(shape, jnp.float32))
-    # These zeros vary over the devices as `like` does, which shard_map has to know
-    # before it sums what the devices propose.
-    return stat + jnp.zeros_like(like, jnp.float32, ())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

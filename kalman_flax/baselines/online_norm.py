@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.baselines.moving_average_norm import gradient_stat
-from kalman_flax.layers.normalizer import Normalizer
+from kalman_flax.layers.normalizer import Normalizer, gradient_stat
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
 from kalman_flax.state import KalmanState, check_choice

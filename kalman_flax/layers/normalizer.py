@@ -96,3 +96,18 @@ class RunningNormalizer(Running, Affine, nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     axis_name: str | None = None
+
+
+def gradient_stat(
+    module: nn.Module, name: str, shape: tuple[int, ...], like: jax.Array
+) -> jax.Array:
+    """A variable in ``gradient_stats``, zeros where the collection was not passed.
+
+    Its gradient is its next value, or the sum of those that replicas propose.
+    """
+    if module.is_initializing():
+        module.variable("gradient_stats", name, jnp.zeros, shape, jnp.float32)
+    stat = module.get_variable("gradient_stats", name, jnp.zeros(shape, jnp.float32))
+    # These zeros vary over the devices as `like` does, which shard_map has to know
+    # before it sums what the devices propose.
+    return stat + jnp.zeros_like(like, jnp.float32, ())
