@@ -28,6 +28,10 @@ def get_config() -> ConfigDict:
     # Batches
     config.batch_size = 32  # examples per parameter update, over all devices
     config.micro_batch_size = 2  # examples that share statistics
+    config.accumulate = (
+        1  # parts that a device runs one after the other, to save memory
+    )
+    config.sync_statistics = False  # share statistics over all micro-batches of a part
     config.sort_batches = False  # by class, so that a micro-batch is of one class
 
     # Optimisation: SGD with momentum, weight decay on kernels only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -102,6 +102,7 @@ def normalization(
     name: str,
     *,
     momentum: float = 0.99,
+    axis_name: str | Sequence[str] | None = None,
     known: Mapping[str, Normalization] = NORMALIZERS,
     **options: Any,
 ) -> Normalization:
@@ -111,6 +112,7 @@ def normalization(
         name: a key of `known`; ``"_ws"`` or ``"_wc"`` at its end standardises or
             centres the kernels, see `KERNEL_MAPS`.
         momentum: of the running statistics; unused by those that keep none.
+        axis_name: mapped axes to share statistics over; unused by those that cannot.
         known: the normalisers by name.
         **options: attributes of the normaliser.
 
@@ -135,6 +137,6 @@ def normalization(
             f"{cls.__name__} ({name!r}) has no attribute {unknown};"
             f" it has {sorted(attributes)}."
         )
-    if "momentum" in attributes:
-        options["momentum"] = momentum
+    shared = {"momentum": momentum, "axis_name": axis_name}
+    options |= {name: shared[name] for name in attributes & shared.keys()}
     return entry._replace(norm=functools.partial(entry.norm, **options))

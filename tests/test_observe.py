@@ -115,7 +115,12 @@ def over_vmap(fn, axis):
 
 
 def over_shard_map(fn, axis):
-    mesh = jax.make_mesh((4,), ("shards",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (4,),
+        ("shards",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:4],
+    )
     spec = P(*[None] * axis, "shards")
 
     def per_device(*args):

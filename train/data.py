@@ -141,18 +141,39 @@ def make_standardize(kind: str, images: np.ndarray) -> Callable[[jax.Array], jax
     return lambda x: (x.astype(jnp.float32) - mean) / scale
 
 
-def augment(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Crops ``[N, H, W, C]`` at random after zero-padding, and mirrors half of them."""
+class Crops(NamedTuple):
+    """How to crop and mirror N images.
+
+    Attributes:
+        corners: of the crops in the padded images, ``[N, 2]`` int32, from 0 to twice
+            the padding; None leaves the images as they are.
+        mirrored: ``[N, 1, 1, 1]`` bool; None mirrors none.
+    """
+
+    corners: jax.Array | None
+    mirrored: jax.Array | None
+
+
+def draw_crops(key: jax.Array, examples: int, padding: int, flip: bool) -> Crops:
+    """Draws crops out of images padded by so many pixels, half of them mirrored."""
     crop_key, flip_key = jax.random.split(key)
-    if padding:
+    return Crops(
+        jax.random.randint(crop_key, (examples, 2), 0, 2 * padding + 1)
+        if padding
+        else None,
+        jax.random.bernoulli(flip_key, shape=(examples, 1, 1, 1)) if flip else None,
+    )
+
+
+def augment(images: jax.Array, crops: Crops, padding: int) -> jax.Array:
+    """Crops ``[N, H, W, C]`` after padding with zeros, and mirrors."""
+    if crops.corners is not None:
         pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        corners = jax.random.randint(crop_key, (images.shape[0], 2), 0, 2 * padding + 1)
         images = jax.vmap(
             lambda image, corner: lax.dynamic_slice(
                 image, (*corner, 0), images.shape[1:]
             )
-        )(jnp.pad(images, pads), corners)
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
+        )(jnp.pad(images, pads), crops.corners)
+    if crops.mirrored is not None:
+        images = jnp.where(crops.mirrored, images[:, :, ::-1], images)
     return images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from train.data import augment
+from train.data import augment, draw_crops
 from train.experiment import Experiment
+from train.mesh import SAME
 from train.step import apply_replicas
 
 matplotlib.use("Agg")
@@ -96,17 +98,17 @@ def _states(
         raise ValueError(f"{count} images hold no micro-batch of {size}.")
 
     @jax.jit
-    def run(index: jax.Array) -> Any:
-        key = jax.random.fold_in(jax.random.key(config.seed), index[0])
-        cropped = augment(
-            key, experiment.train.images[index], config.crop_padding, config.flip
-        )
+    @functools.partial(
+        jax.shard_map, mesh=experiment.mesh, in_specs=SAME, out_specs=SAME
+    )
+    def run(images: jax.Array, first: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(config.seed), first)
+        crops = draw_crops(key, step, config.crop_padding, config.flip)
         _, written = apply_replicas(
             experiment.network,
             experiment.state.variables,
-            experiment.standardize(cropped),
-            size,
-            key,
+            experiment.standardize(augment(images, crops, config.crop_padding)),
+            jax.random.split(key, step // size),
             mutable=("batch_stats", "intermediates"),
         )
         return written["intermediates"]
@@ -114,9 +116,9 @@ def _states(
     # Whole batches only, and in random order: the classes must not come in turn.
     order = np.random.default_rng(config.seed).permutation(count)
     for start in range(0, count - step + 1, step):
-        flat = traverse_util.flatten_dict(
-            jax.device_get(run(order[start : start + step]))
-        )
+        index = order[start : start + step]
+        found = run(experiment.train.images[index], index[0])
+        flat = traverse_util.flatten_dict(jax.device_get(found))
         seen: dict[str, Layers] = {}
         for (*path, kind), state in flat.items():
             stats = {"mean": np.float64(state.mean), "var": np.float64(state.var)}

@@ -4,58 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from kalman_flax import NORMALIZERS, Normalization, ResNet, normalization
 from kalman_flax.state import check_choice
 from train.controls import CONTROLS
 from train.data import Dataset, Split, load_dataset, make_batches, make_standardize
-from train.step import (
-    Metrics,
-    TrainState,
-    create_state,
-    make_evaluate,
-    make_train_step,
-)
+from train.mesh import DEVICES, make_mesh, take
+from train.score import make_evaluate
+from train.step import Metrics, TrainState, create_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run, with `train` and `test` on the device."""
+    """The parts of a run, with `train` and `test` on the host.
 
+    Attributes:
+        batch: from the step to its examples, split over the devices of `mesh`.
+    """
+
+    mesh: Mesh
     train: Split
     test: Split
     network: nn.Module
     standardize: Callable[[jax.Array], jax.Array]
     state: TrainState
-    train_step: Callable[[TrainState, Split, Any], tuple[TrainState, Metrics]]
+    batch: Callable[[int], Split]
+    train_step: Callable[[TrainState, Split], tuple[TrainState, Metrics]]
     evaluate: Callable[..., dict[str, float]]
-    batch: Callable[[int], np.ndarray]
     schedule: optax.Schedule
     steps_per_epoch: int
     total_steps: int
 
 
-def build(config: Any, data_dir: str | None = None) -> Experiment:
+def build(
+    config: Any,
+    data_dir: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
     """Builds the experiment that `config` describes.
 
     Args:
         config: as in `configs/base.py`.
         data_dir: TFDS directory, see `load_dataset`.
+        devices: those to train on; by default all, see `make_mesh`.
 
     Raises:
         ValueError: a setting that cannot be; the message names it.
         FileNotFoundError: the data set is not there.
     """
-    check(config)
+    mesh = make_mesh(check(config), devices)
     dataset = load_dataset(config.dataset, data_dir)
     train = dataset.train.take(config.train_examples)
     steps_per_epoch = len(train.labels) // config.batch_size
@@ -69,33 +75,46 @@ def build(config: Any, data_dir: str | None = None) -> Experiment:
     optimizer = make_optimizer(config, schedule)
     standardize = make_standardize(config.standardize, train.images)
     network = make_network(config, dataset)
+    index = make_batches(
+        train.labels, config.batch_size, config.seed, config.sort_batches
+    )
     return Experiment(
-        train=jax.device_put(train),
-        test=jax.device_put(dataset.test),
+        mesh=mesh,
+        train=train,
+        test=dataset.test,
         network=network,
         standardize=standardize,
         state=create_state(
-            network, optimizer, jax.random.key(config.seed), train.images.shape[1:]
+            network, optimizer, config.seed, train.images.shape[1:], mesh
         ),
-        train_step=make_train_step(network, optimizer, standardize, config),
-        evaluate=make_evaluate(network, standardize, config),
-        batch=make_batches(
-            train.labels, config.batch_size, config.seed, config.sort_batches
-        ),
+        batch=lambda step: take(mesh, train, index(step)),
+        train_step=make_train_step(network, optimizer, standardize, config, mesh),
+        evaluate=make_evaluate(network, standardize, config, mesh),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
 
 
-def check(config: Any) -> None:
-    """Raises a ValueError for batch sizes or a normaliser that cannot be."""
-    if config.micro_batch_size < 1 or config.batch_size % config.micro_batch_size:
+def check(config: Any) -> int:
+    """Returns the number of micro-batches in a step that run side by side.
+
+    Raises:
+        ValueError: batch sizes or a normaliser that cannot be.
+    """
+    size, part = config.micro_batch_size, config.micro_batch_size * config.accumulate
+    if size < 1 or config.batch_size % size:
         raise ValueError(
-            f"micro_batch_size {config.micro_batch_size} does not divide batch_size"
-            f" {config.batch_size}."
+            f"micro_batch_size {size} does not divide batch_size {config.batch_size}."
+        )
+    if part < 1 or config.batch_size % part:
+        raise ValueError(
+            f"the {config.batch_size // size} micro-batches of a step (batch_size"
+            f" {config.batch_size}, micro_batch_size {size}) do not split into"
+            f" accumulate = {config.accumulate} equal parts."
         )
     make_normalization(config)
+    return config.batch_size // part
 
 
 def make_normalization(config: Any) -> Normalization:
@@ -112,6 +131,7 @@ def make_normalization(config: Any) -> Normalization:
     return normalization(
         config.norm,
         momentum=config.stats_momentum,
+        axis_name=DEVICES if config.sync_statistics else None,
         known=NORMALIZERS | CONTROLS,
         **options,
     )

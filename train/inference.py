@@ -10,7 +10,8 @@ import numpy as np
 from kalman_flax.baselines.precise import precise_statistics
 from train.data import augment
 from train.experiment import Experiment
-from train.step import TrainState, apply_replicas
+from train.mesh import SAME, SPLIT
+from train.step import Draws, TrainState, apply_replicas, draw, replicas_of
 
 AUTO = "auto"
 #: what `choose_weight` chooses from
@@ -53,26 +54,29 @@ def recompute(
     """Returns `state` with the precise statistics of the first `batches` training
     batches, split into micro-batches and augmented as in training."""
 
-    @jax.jit
-    def write(
-        state: TrainState, images: jax.Array, step: jax.Array, index: jax.Array
-    ) -> Any:
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        augment_key, replica_key = jax.random.split(key)
-        batch = augment(augment_key, images[index], config.crop_padding, config.flip)
+    def on_device(state: TrainState, images: jax.Array, draws: Draws) -> Any:
+        images = experiment.standardize(
+            augment(images, draws.crops, config.crop_padding)
+        )
         _, written = apply_replicas(
-            experiment.network,
-            state.variables,
-            experiment.standardize(batch),
-            config.micro_batch_size,
-            replica_key,
+            experiment.network, state.variables, images, draws.keys
         )
         return written["batch_stats"]
 
+    replicas = replicas_of(config, experiment.mesh)
+    over_devices = jax.shard_map(
+        on_device,
+        mesh=experiment.mesh,
+        in_specs=(SAME, SPLIT, SPLIT),
+        out_specs=SPLIT,
+    )
+
+    @jax.jit
+    def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
+        return over_devices(state, images, draw(config, step, replicas))
+
     stats = precise_statistics(
-        lambda step: write(
-            state, experiment.train.images, step, experiment.batch(step)
-        ),
+        lambda step: write(state, experiment.batch(step).images, step),
         state.batch_stats,
         range(batches),
         momentum=config.stats_momentum,

@@ -99,8 +99,7 @@ class _Run:
             mininterval=1.0,
         ) as bar:
             for step in range(start, total):
-                index = experiment.batch(step)
-                state, metrics = experiment.train_step(state, experiment.train, index)
+                state, metrics = experiment.train_step(state, experiment.batch(step))
                 self.pending.append(metrics)
                 bar.update(config.batch_size)
                 done = step + 1
@@ -174,7 +173,7 @@ def _summary(
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
         "learning_rate": config.learning_rate,
-        "devices": 1,
+        "devices": experiment.mesh.size,
         "seed": config.seed,
         "final_train_loss": losses[-1],
         **{f"test_{name}": value for name, value in run.final.items()},

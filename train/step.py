@@ -1,21 +1,22 @@
-"""One parameter update and one evaluation, from micro-batches that share nothing."""
+"""One parameter update, from micro-batches that share nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax import lax
+from jax.sharding import Mesh
 
 from kalman_flax import merge_running
-from kalman_flax.baselines.example_weighing import weigh_example
 from kalman_flax.layers.linear import RNG
-from train.data import Split, augment
+from train.data import Crops, Split, augment, draw_crops
+from train.mesh import DEVICES, SAME, SPLIT, same
 
 Metrics = dict[str, jax.Array]
 
@@ -50,42 +51,72 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    key: jax.Array,
+    seed: int,
     image_shape: tuple[int, ...],
+    mesh: Mesh,
 ) -> TrainState:
-    """Initialises network and optimiser for images of `image_shape`, ``[H, W, C]``."""
-    variables = jax.jit(
-        lambda k: network.init(
-            {"params": k, RNG: k},
+    """Initialises network and optimiser for images of `image_shape`, ``[H, W, C]``, the
+    same on every device of `mesh`."""
+
+    def init() -> TrainState:
+        key = jax.random.key(seed)
+        variables = network.init(
+            {"params": key, RNG: key},
             jnp.zeros((1, *image_shape)),
             use_running_average=False,
         )
-    )(key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        gradient_stats=variables.get("gradient_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            gradient_stats=variables.get("gradient_stats", {}),
+            opt_state=optimizer.init(variables["params"]),
+        )
+
+    return jax.jit(init, out_shardings=same(mesh))()
+
+
+class Draws(NamedTuple):
+    """The random numbers of one step.
+
+    Drawn for the whole batch at once, and from seed and step alone: they are the same
+    in a resumed run, and on any number of devices.
+
+    Attributes:
+        crops: of each example.
+        keys: of each replica, ``[R]``, for the Monte Carlo transition.
+    """
+
+    crops: Crops
+    keys: jax.Array
+
+
+def draw(config: Any, step: jax.Array | int, replicas: int) -> Draws:
+    """Draws the random numbers of update `step`, for ``config.batch_size`` examples."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    crop_key, replica_key = jax.random.split(key)
+    return Draws(
+        draw_crops(crop_key, config.batch_size, config.crop_padding, config.flip),
+        jax.random.split(replica_key, replicas),
     )
 
 
-def micro_batches(x: jax.Array, micro_batch_size: int) -> jax.Array:
-    """Splits ``[N, ...]`` into ``[N / micro_batch_size, micro_batch_size, ...]``."""
-    if x.shape[0] % micro_batch_size:
-        raise ValueError(
-            f"a batch of {x.shape[0]} examples does not split into micro-batches of"
-            f" {micro_batch_size}; choose a micro_batch_size that divides batch_size."
-        )
-    return x.reshape(-1, micro_batch_size, *x.shape[1:])
+def replicas_of(config: Any, mesh: Mesh) -> int:
+    """Number of replicas in a step.
+
+    With synchronised statistics a replica is all that a device runs at a time; it
+    shares them with those of the other devices.
+    """
+    if config.sync_statistics:
+        return config.accumulate * mesh.size
+    return config.batch_size // config.micro_batch_size
 
 
 def apply_replicas(
     network: nn.Module,
     variables: dict[str, Any],
     images: jax.Array,
-    micro_batch_size: int,
-    key: jax.Array,
+    keys: jax.Array,
     mutable: Sequence[str] = ("batch_stats",),
 ) -> tuple[jax.Array, Any]:
     """Runs every micro-batch by its own statistics, as independent replicas.
@@ -93,28 +124,31 @@ def apply_replicas(
     Args:
         network: maps images to logits.
         variables: the network's collections, the same for all replicas.
-        images: ``[N, H, W, C]``.
-        micro_batch_size: examples that share statistics; divides N.
-        key: for the Monte Carlo transition.
+        images: ``[N, H, W, C]``, split evenly among the replicas.
+        keys: one of each replica, ``[R]``, for the Monte Carlo transition.
         mutable: collections that the network may write.
 
     Returns:
         logits ``[N, num_classes]``, and the collections that each replica wrote, with a
         leading axis of replicas.
     """
-    images = micro_batches(images, micro_batch_size)
 
-    def forward(x: jax.Array, replica_key: jax.Array) -> tuple[jax.Array, Any]:
+    def forward(x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         return network.apply(
             variables,
             x,
             use_running_average=False,
             mutable=mutable,
-            rngs={RNG: replica_key},
+            rngs={RNG: key},
         )
 
-    logits, written = jax.vmap(forward)(images, jax.random.split(key, len(images)))
+    logits, written = jax.vmap(forward)(split_evenly(images, len(keys)), keys)
     return logits.reshape(-1, logits.shape[-1]), written
+
+
+def split_evenly(tree: Any, parts: int) -> Any:
+    """Splits leaves ``[N, ...]`` into ``[parts, N / parts, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
 
 
 def make_train_step(
@@ -122,41 +156,69 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     standardize: Callable[[jax.Array], jax.Array],
     config: Any,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns the jitted update ``(state, train split, index) -> (state, metrics)``.
+    mesh: Mesh,
+) -> Callable[[TrainState, Split], tuple[TrainState, Metrics]]:
+    """Returns the jitted update ``(state, batch) -> (state, metrics)``.
 
-    `index` ``[batch_size]`` picks the examples. The loss is the mean cross-entropy per
-    image; its gradient is taken outside the vmap over replicas. Random crops depend on
-    seed and step alone, so a resumed run sees the same images.
+    `batch` is split over the devices of `mesh`, `state` the same on all. A device runs
+    its micro-batches as replicas, in ``config.accumulate`` parts one after the other.
+    What it finds is its share of a sum over the batch, and so neither the loss, which
+    is the mean cross-entropy per image, nor the gradient depends on the split. Only
+    these sums and the running statistics cross devices.
     """
+    replicas = replicas_of(config, mesh)
 
-    def train_step(
-        state: TrainState, train: Split, index: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        augment_key, replica_key = jax.random.split(key)
-        images = augment(
-            augment_key, train.images[index], config.crop_padding, config.flip
+    def losses(
+        learned: Any, state: TrainState, batch: Split, draws: Draws
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        images = standardize(augment(batch.images, draws.crops, config.crop_padding))
+        logits, written = apply_replicas(
+            network, state.variables | learned, images, draws.keys
         )
-        labels = train.labels[index]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        correct = jnp.argmax(logits, -1) == batch.labels
+        share = jnp.array([jnp.sum(loss), jnp.sum(correct)]) / config.batch_size
+        return share[0], (share, written.get("batch_stats", {}))
 
-        def loss_fn(learned: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, written = apply_replicas(
-                network,
-                state.variables | learned,
-                standardize(images),
-                config.micro_batch_size,
-                replica_key,
+    def on_device(
+        state: TrainState, batch: Split, draws: Draws
+    ) -> tuple[jax.Array, Any, Any]:
+        learned = {"params": state.params, "gradient_stats": state.gradient_stats}
+        # Gradients of what is the same on all devices would be summed on the way, and
+        # once more below.
+        learned = lax.pcast(learned, DEVICES, to="varying")
+
+        def part(total: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
+            # The barrier lets no part begin before the one in front of it has ended:
+            # that is what saves memory.
+            ready, total = lax.optimization_barrier((learned, total))
+            grads, (share, written) = jax.grad(losses, has_aux=True)(
+                ready, state, *given
             )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.mean(loss), (logits, written)
+            return jax.tree.map(jnp.add, total, (share, grads)), written
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, written)), grads = gradient(
-            {"params": state.params, "gradient_stats": state.gradient_stats}
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(2), learned))
+        zeros = (lax.pcast(zeros[0], DEVICES, to="varying"), zeros[1])
+        total, written = lax.scan(
+            part,
+            zeros,
+            split_evenly((batch, draws), config.accumulate),
+            # In a loop XLA:CPU takes 50 times as long for a convolution's gradient.
+            unroll=jax.default_backend() == "cpu",
         )
-        # Summed over the replicas, each of which observed one.
-        replicas = config.batch_size // config.micro_batch_size
+        written = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
+        share, grads = lax.psum(total, DEVICES)
+        return share, grads, merge_running(written, config.stats_momentum, DEVICES)
+
+    over_devices = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(SAME, SPLIT, SPLIT), out_specs=SAME
+    )
+
+    def train_step(state: TrainState, batch: Split) -> tuple[TrainState, Metrics]:
+        (loss, accuracy), grads, batch_stats = over_devices(
+            state, batch, draw(config, state.step, replicas)
+        )
+        # The sum over the replicas, each of which observed one.
         gradient_stats = jax.tree.map(lambda g: g / replicas, grads["gradient_stats"])
         grads = grads["params"]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -164,15 +226,13 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=merge_running(
-                written.get("batch_stats", {}), config.stats_momentum
-            ),
+            batch_stats=batch_stats,
             gradient_stats=gradient_stats,
             opt_state=opt_state,
         )
         metrics = {
             "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels),
+            "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
             "parameter_norm": optax.tree.norm(params),
         }
@@ -189,66 +249,3 @@ def _compiler_options() -> dict[str, str]:
     if jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
-
-
-def make_evaluate(
-    network: nn.Module,
-    standardize: Callable[[jax.Array], jax.Array],
-    config: Any,
-) -> Callable[..., dict[str, float]]:
-    """Returns ``(state, split) -> metrics``: loss and accuracy under both options.
-
-    ``moving_*`` normalises by the moving statistics (option A), ``batch_*`` by those of
-    each micro-batch of the split (option B). Every image counts exactly once: the last
-    batch is filled up with images from the start of the split, which share statistics
-    but do not count. A third argument, a number, is a `weigh_example`: then there is
-    ``weighed_*`` alone, option A with every image weighed into its statistics.
-    """
-    micro = config.micro_batch_size
-    size = max(1, config.eval_batch_size // micro) * micro
-
-    @jax.jit
-    def sums(
-        state: TrainState,
-        split: Split,
-        index: jax.Array,
-        counts: jax.Array,
-        example_weight: jax.Array | None,
-    ) -> Metrics:
-        images, labels = standardize(split.images[index]), split.labels[index]
-        key = jax.random.fold_in(jax.random.key(config.seed), index[0])
-
-        def infer() -> jax.Array:
-            return network.apply(
-                state.variables, images, use_running_average=True, rngs={RNG: key}
-            )
-
-        if example_weight is None:
-            batch, _ = apply_replicas(network, state.variables, images, micro, key)
-            outputs = {"moving": infer(), "batch": batch}
-        else:
-            with weigh_example(example_weight):
-                outputs = {"weighed": infer()}
-        result = {}
-        for name, logits in outputs.items():
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            correct = jnp.argmax(logits, -1) == labels
-            result[f"{name}_loss"] = jnp.sum(loss, where=counts)
-            result[f"{name}_accuracy"] = jnp.sum(correct, where=counts)
-        return result
-
-    def evaluate(
-        state: TrainState, split: Split, example_weight: float | None = None
-    ) -> dict[str, float]:
-        examples = len(split.labels)
-        totals: dict[str, float] = {}
-        for start in range(0, examples, size):
-            index = np.arange(start, start + size, dtype=np.int32)
-            batch = sums(
-                state, split, index % examples, index < examples, example_weight
-            )
-            for name, value in jax.device_get(batch).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return {name: total / examples for name, total in totals.items()}
-
-    return evaluate

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax import lax
 
 
-def merge_running(batch_stats: Any, momentum: float) -> Any:
+def merge_running(
+    batch_stats: Any, momentum: float, axis_name: str | None = None
+) -> Any:
     """Merges the `batch_stats` that R replicas wrote in one step, starting from one.
 
     Each replica r wrote ``momentum * old + (1 - momentum) * new_r``. The merged mean is
@@ -20,15 +24,31 @@ def merge_running(batch_stats: Any, momentum: float) -> Any:
     Args:
         batch_stats: collection of ``mean`` and ``var``, with a leading axis ``R``.
         momentum: the one the normalisers decay their averages with, below 1.
+        axis_name: mapped axis of devices, each with as many replicas, to merge over as
+            well. Two all-reduces: of the means, and of the squared distances to them.
     """
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"momentum is {momentum}; expected a number in [0, 1).")
+
+    def mean(stats: Any) -> Any:
+        stats = jax.tree.map(lambda stat: jnp.mean(stat, axis=0), stats)
+        if axis_name is None:
+            return stats
+        # The barrier has XLA reduce all of them at once, and not one layer after the
+        # other, each as soon as it can.
+        return lax.optimization_barrier(lax.pmean(stats, axis_name))
+
     flat = traverse_util.flatten_dict(batch_stats)
-    merged = {path: jnp.mean(stat, axis=0) for path, stat in flat.items()}
-    for path in merged:
-        if path[-1] == "var":
-            # Var over r of the averages is (1 - momentum)^2 that of the means, but is
-            # to count (1 - momentum) times.
-            spread = jnp.var(flat[(*path[:-1], "mean")], axis=0)
-            merged[path] += spread / (1.0 - momentum)
+    merged = mean(flat)
+    spread = mean(
+        {
+            path: jnp.square(flat[(*path[:-1], "mean")] - merged[(*path[:-1], "mean")])
+            for path in flat
+            if path[-1] == "var"
+        }
+    )
+    for path, square in spread.items():
+        # The variance of the averages is (1 - momentum)^2 that of the means, but is to
+        # count (1 - momentum) times.
+        merged[path] += square / (1.0 - momentum)
     return traverse_util.unflatten_dict(merged)

@@ -15,6 +15,7 @@ from kalman_flax.baselines.moving_average_norm import MovingAverageBatchNorm
 from kalman_flax.layers.linear import Conv, centre_kernel
 from tests.train.common import tiny_config
 from train.data import Split
+from train.mesh import make_mesh, take
 from train.step import create_state, make_train_step
 
 EPSILON = 1e-5
@@ -55,16 +56,17 @@ def assert_train_step_moves_gradient_stats(norm, conv=Conv):
     config = tiny_config(batch_size=4)
     network = ResNet(10, blocks_per_stage=1, width=4, norm=norm, conv=conv)
     optimizer = optax.sgd(0.1)
-    images = jax.random.randint(jax.random.key(0), (4, 8, 8, 1), 0, 256, jnp.uint8)
-    split = Split(images, jnp.arange(4))
-    state = create_state(network, optimizer, jax.random.key(1), (8, 8, 1))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    mesh = make_mesh(replicas=2)
+    split = take(mesh, Split(images, np.arange(4)), np.arange(4))
+    state = create_state(network, optimizer, 1, (8, 8, 1), mesh)
     norms = {path[:-1] for path in traverse_util.flatten_dict(state.gradient_stats)}
     assert len(norms) == 7  # all that the network has
     before = jax.tree.map(np.array, state.gradient_stats)
     chex.assert_trees_all_equal(before, jax.tree.map(np.zeros_like, before))
-    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config)
+    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
     for _ in range(2):
-        state, metrics = step(state, split, np.arange(4))
+        state, metrics = step(state, split)
         after = jax.tree.map(np.array, state.gradient_stats)
         moved = jax.tree.map(lambda a, b: np.any(a != b), before, after)
         assert all(jax.tree.leaves(moved)), moved

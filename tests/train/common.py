@@ -1,6 +1,16 @@
 """A run small enough for a test: ResNet-8 of width 4, a few updates of 8 digits."""
 
+import numpy as np
+
 from configs import base
+from train.mesh import take
+
+INDEX = np.arange(8)
+
+
+def batch(experiment, index=INDEX):
+    """The training examples `index`, as the train step takes them."""
+    return take(experiment.mesh, experiment.train, index)
 
 
 def tiny_config(**overrides):

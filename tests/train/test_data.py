@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from train.data import (
     augment,
+    draw_crops,
     epoch_order,
     load_dataset,
     make_batches,
@@ -91,12 +92,14 @@ def test_augment_crops_and_mirrors():
             windows[window.tobytes()] = (row, col, False)
             windows[window[:, ::-1].tobytes()] = (row, col, True)
     batch = np.repeat(image[None], 2000, axis=0)
-    out = np.asarray(augment(jax.random.key(0), batch, padding=2, flip=True))
+    crops = draw_crops(jax.random.key(0), 2000, padding=2, flip=True)
+    out = np.asarray(augment(batch, crops, padding=2))
     drawn = [windows[x.tobytes()] for x in out]
     assert set(drawn) == set(windows.values())
     mirrored = np.mean([mirror for *_, mirror in drawn])
     assert abs(mirrored - 0.5) < 4 * np.sqrt(0.25 / 2000)
-    same = np.asarray(augment(jax.random.key(0), batch, padding=0, flip=False))
+    crops = draw_crops(jax.random.key(0), 2000, padding=0, flip=False)
+    same = np.asarray(augment(batch, crops, padding=0))
     np.testing.assert_array_equal(same, batch)
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.common import tiny_config
+from tests.train.common import batch, tiny_config
 from tests.train.test_commands import run
 from train import inference
 from train.data import epoch_order
@@ -51,7 +51,7 @@ def test_precise_statistics_are_those_of_the_first_training_batches(sort_batches
         if sort_batches:
             labels = np.asarray(experiment.train.labels)
             index = np.array(sorted(index, key=lambda i: labels[i]))
-        state, _ = experiment.train_step(state, experiment.train, index)
+        state, _ = experiment.train_step(state, batch(experiment, index))
         new = np.array(state.batch_stats["final_norm"]["mean"])
         means.append((new - 0.9 * old) / 0.1)
         old = new

@@ -9,12 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.common import tiny_config
+from tests.train.common import INDEX, batch, tiny_config
 from train.data import Split
 from train.experiment import build
-from train.step import apply_replicas, micro_batches
-
-INDEX = np.arange(8, dtype=np.int32)
+from train.step import apply_replicas
 
 
 def copy(tree):
@@ -29,7 +27,7 @@ def test_update_equals_a_loop_over_micro_batches(norm):
     experiment = build(config)
     state = copy(experiment.state)
     images = (experiment.train.images[INDEX] - experiment.train.images.mean()) / (
-        experiment.train.images.astype(jnp.float32).std()
+        experiment.train.images.std()
     )
     labels = experiment.train.labels[INDEX]
 
@@ -59,7 +57,7 @@ def test_update_equals_a_loop_over_micro_batches(norm):
         return param - config.learning_rate * grad
 
     expected = jax.tree_util.tree_map_with_path(stepped, state.params, *grads)
-    after, metrics = experiment.train_step(experiment.state, experiment.train, INDEX)
+    after, metrics = experiment.train_step(experiment.state, batch(experiment))
     chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
     assert after.step == 1
@@ -88,10 +86,10 @@ def test_replicas_share_no_statistics():
         "batch_stats": experiment.state.batch_stats,
     }
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
-    key = jax.random.key(1)
-    logits, _ = apply_replicas(experiment.network, variables, x, 2, key)
+    keys = jax.random.split(jax.random.key(1), 4)
+    logits, _ = apply_replicas(experiment.network, variables, x, keys)
     other, _ = apply_replicas(
-        experiment.network, variables, x.at[2:].multiply(3.0), 2, key
+        experiment.network, variables, x.at[2:].multiply(3.0), keys
     )
     chex.assert_trees_all_close(logits[:2], other[:2], rtol=1e-5)
     assert not np.allclose(logits[2:], other[2:], rtol=1e-2)
@@ -101,7 +99,7 @@ def test_no_retrace_after_the_first_step():
     experiment = build(tiny_config())
     state = experiment.state
     for step in range(3):
-        state, _ = experiment.train_step(state, experiment.train, INDEX + step)
+        state, _ = experiment.train_step(state, batch(experiment, INDEX + step))
     assert experiment.train_step._cache_size() == 1
 
 
@@ -146,7 +144,7 @@ def test_evaluation_counts_every_image_once(size):
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     experiment = build(tiny_config(dtype="bfloat16"))
-    state, metrics = experiment.train_step(experiment.state, experiment.train, INDEX)
+    state, metrics = experiment.train_step(experiment.state, batch(experiment))
     chex.assert_type(jax.tree.leaves((state.params, state.batch_stats)), jnp.float32)
     assert np.isfinite(metrics["loss"])
 
@@ -156,7 +154,7 @@ def losses_of(config, steps):
     experiment = build(config)
     state, losses = experiment.state, []
     for _ in range(steps):
-        state, metrics = experiment.train_step(state, experiment.train, INDEX)
+        state, metrics = experiment.train_step(state, batch(experiment))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -182,7 +180,5 @@ def test_draws_depend_on_seed_and_step_alone(overrides):
 
 
 def test_micro_batch_size_must_divide():
-    with pytest.raises(ValueError, match=r"8 examples .* micro-batches of 3"):
-        micro_batches(jnp.zeros((8, 2)), 3)
     with pytest.raises(ValueError, match="micro_batch_size 3 does not divide"):
         build(tiny_config(micro_batch_size=3))

@@ -11,9 +11,10 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 
 from train import workdir as wd
-from train.data import Split, augment
+from train.data import Split, augment, draw_crops
 from train.experiment import build
 
 
@@ -26,7 +27,10 @@ def main() -> None:
         with wd.open_checkpoints(workdir) as checkpoints:
             state = wd.restore(checkpoints, experiment.state)
         images, labels = experiment.test
-        cropped = augment(jax.random.key(0), images, config.crop_padding, config.flip)
+        crops = draw_crops(
+            jax.random.key(0), len(images), config.crop_padding, config.flip
+        )
+        cropped = np.asarray(augment(images, crops, config.crop_padding))
         for name, version in (("as they are", images), ("cropped", cropped)):
             result = experiment.evaluate(state, Split(version, labels))
             rows.append({"run": workdir.name, "test images": name, **result})

@@ -1,0 +1,121 @@
+"""The same training on any number of devices, in one part or several."""
+
+import functools
+import re
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests.train.common import batch, tiny_config
+from train.experiment import build
+from train.mesh import make_mesh
+
+INDEX = np.arange(16)
+config_of = functools.partial(
+    tiny_config, batch_size=16, crop_padding=1, flip=True, weight_decay=0.01
+)
+
+
+@functools.cache
+def trained(devices, **overrides):
+    """What two updates on so many devices leave, on the host."""
+    experiment = build(config_of(**overrides), devices=jax.devices()[:devices])
+    assert experiment.mesh.size == devices
+    state, metrics = experiment.state, []
+    for _ in range(2):
+        state, seen = experiment.train_step(state, batch(experiment, INDEX))
+        metrics.append(seen)
+    return jax.device_get((state, metrics))
+
+
+def assert_same_training(actual, expected):
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=2e-3, atol=2e-5)
+
+
+# Histories of the forward pass; of the backward pass; random numbers of each replica.
+@pytest.mark.parametrize("norm", ["kalman_wc", "moving_average", "kalman_mc"])
+@pytest.mark.parametrize("devices, accumulate", [(8, 1), (2, 1), (1, 4), (2, 2)])
+def test_devices_and_parts_change_nothing(norm, devices, accumulate):
+    """One device that runs all replicas at once is tested against a loop elsewhere."""
+    assert_same_training(
+        trained(devices, norm=norm, accumulate=accumulate), trained(1, norm=norm)
+    )
+
+
+def test_what_devices_see_differs():
+    """Or the test above would pass with gradients and statistics of one of them."""
+    mirrored = batch(build(config_of()), np.roll(INDEX, 2))
+    assert mirrored.images.sharding.num_devices == 8
+    shards = [np.asarray(shard.data) for shard in mirrored.images.addressable_shards]
+    assert len({shard.tobytes() for shard in shards}) == 8
+
+
+@pytest.mark.parametrize("norm", ["batch", "kalman"])
+def test_synchronised_statistics_are_those_of_one_large_micro_batch(norm):
+    """Over the replicas of a device and over devices."""
+    assert_same_training(
+        trained(4, norm=norm, sync_statistics=True),
+        trained(1, norm=norm, micro_batch_size=16),
+    )
+
+
+def compiled(**overrides):
+    experiment = build(config_of(**overrides))
+    lowered = experiment.train_step.lower(experiment.state, batch(experiment, INDEX))
+    return lowered.compile()
+
+
+COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter"
+    r"|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+def floats(shapes):
+    """Number of floats in the shapes of an HLO line."""
+    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
+    return sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in sizes)
+
+
+def test_normalisation_issues_no_collective():
+    """Gradients and metrics are one all-reduce, means and spreads of the running
+    statistics two, and all of them no larger than what they reduce."""
+    found = COLLECTIVE.findall(compiled(norm="kalman").as_text())
+    assert {kind for _, kind in found} == {"all-reduce"}
+    assert len(found) <= 3
+    state = build(config_of(norm="kalman")).state
+    count = sum(
+        leaf.size for leaf in jax.tree.leaves((state.params, state.batch_stats))
+    )
+    assert sum(floats(shapes) for shapes, _ in found) == count + 2  # loss, accuracy
+
+    synchronised = compiled(norm="kalman", sync_statistics=True).as_text()
+    assert len(COLLECTIVE.findall(synchronised)) > 10
+
+
+def test_parts_need_less_memory():
+    def size(accumulate):
+        experiment = build(
+            config_of(batch_size=64, accumulate=accumulate), devices=jax.devices()[:1]
+        )
+        lowered = experiment.train_step.lower(
+            experiment.state, batch(experiment, np.arange(64))
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert size(8) < 0.4 * size(1)
+
+
+def test_as_many_devices_as_split_the_micro_batches(monkeypatch):
+    assert [make_mesh(replicas).size for replicas in (64, 12, 1)] == [8, 4, 1]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"12 micro-batches .* 8 devices of 2 proc"):
+        make_mesh(12)
+
+
+def test_parts_must_divide_the_micro_batches():
+    with pytest.raises(ValueError, match=r"8 micro-batches .* accumulate = 3 equal"):
+        build(config_of(accumulate=3))

@@ -1,0 +1,60 @@
+"""The devices of a run: one axis, over which the examples of a batch are split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+#: the axis of the mesh; what lies along it differs from device to device
+DEVICES = "devices"
+SPLIT = PartitionSpec(DEVICES)
+SAME = PartitionSpec()
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(replicas: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh over as many devices as the replicas of a step split evenly into.
+
+    Args:
+        replicas: micro-batches of one step that could run side by side.
+        devices: those to use; by default all of all processes.
+
+    Raises:
+        ValueError: several processes, and one would be left without work.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    used = math.gcd(len(devices), replicas)
+    if used < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"{replicas} micro-batches a step do not split evenly over the"
+            f" {len(devices)} devices of {jax.process_count()} processes; choose"
+            " batch_size = micro_batch_size x accumulate x a multiple of the devices."
+        )
+    return Mesh(np.array(devices[:used]), (DEVICES,), axis_types=(AxisType.Auto,))
+
+
+def same(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, SAME)
+
+
+def take(mesh: Mesh, arrays: Tree, index: np.ndarray) -> Tree:
+    """Returns the rows `index` of host arrays, split over the devices in this order.
+
+    A process reads the rows of its own devices and no others.
+    """
+
+    def rows(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(
+            (len(index), *array.shape[1:]),
+            NamedSharding(mesh, SPLIT),
+            lambda at: array[index[at[0]]],
+        )
+
+    return jax.tree.map(rows, arrays)
