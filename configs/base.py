@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
     config.eval_epochs = 1  # test accuracy every so many epochs, and at the end
     config.checkpoint_epochs = 1
     config.eval_batch_size = 500
+    config.profile_steps = ()  # (first, last) updates of a profiler's trace
+    config.debug_nans = False  # name the first layer that gives a NaN; slow
 
     # Study: (name, keys to change) of the runs that train.compare puts side by side
     config.variants = ()

@@ -9,7 +9,7 @@ The keys are explained in configs/base.py.
 from absl import flags
 from ml_collections import config_flags
 
-from train import cli
+from train import cli, processes
 from train.loop import train
 from train.report import describe
 
@@ -19,10 +19,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")
 
 def main() -> None:
     """Trains and prints the summary."""
-    print(describe(train(_CONFIG.value, _WORKDIR.value, cli.DATA_DIR.value)))
+    processes.join()
+    summary = train(_CONFIG.value, _WORKDIR.value, cli.DATA_DIR.value)
+    if processes.primary():
+        print(describe(summary))
 
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
+    flags.adopt_module_key_flags(processes)
     flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+
+from train import processes
 
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "TFDS directory (default: $TFDS_DATA_DIR, ~/tensorflow_datasets)."
@@ -25,6 +28,9 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)  # orbax narrates every save at INFO
         try:
             main()
+        except processes.Stopped as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
         except (ValueError, OSError, FloatingPointError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from train import processes
 from train import workdir as wd
+from train.diagnose import find_bad_number
 from train.experiment import Experiment, build
+from train.profile import profiler
 
 
 class NonFiniteError(FloatingPointError):
@@ -42,25 +47,24 @@ def train(
             last good checkpoint stays.
     """
     workdir = pathlib.Path(workdir)
-    summary_path = workdir / wd.SUMMARY
-    if not summary_path.exists():
-        experiment = build(
-            config, data_dir
-        )  # before claiming: a bad config claims none
-    wd.claim(workdir, config)
-    if summary_path.exists():
-        return json.loads(summary_path.read_text())
-
-    with wd.open_checkpoints(workdir) as checkpoints:
+    if (workdir / wd.SUMMARY).exists():
+        wd.claim(workdir, config)
+        return json.loads((workdir / wd.SUMMARY).read_text())
+    experiment = build(config, data_dir)  # first: a bad config claims no workdir
+    with contextlib.ExitStack() as stack:
+        if processes.primary():
+            stack.enter_context(wd.locked(workdir))
+        wd.claim(workdir, config)
+        checkpoints = stack.enter_context(wd.open_checkpoints(workdir))
         state = wd.restore(checkpoints, experiment.state)
+        wd.forget_after(checkpoints, int(state.step))
         log = wd.MetricsLog(workdir, int(state.step))
-        try:
-            run = _Run(config, experiment, checkpoints, log)
-            state = run.train(state)
-        finally:
-            log.close()
-    summary = _summary(config, experiment, run, state, wd.read_metrics(workdir))
-    wd.write_json(summary_path, summary)
+        stack.callback(log.close)
+        run = _Run(config, experiment, checkpoints, log, workdir)
+        state = run.train(state)
+        summary = _summary(config, experiment, run, state, wd.read_metrics(workdir))
+        if processes.primary():
+            wd.write_json(workdir / wd.SUMMARY, summary)
     return summary
 
 
@@ -73,8 +77,9 @@ class _Run:
         experiment: Experiment,
         checkpoints: ocp.CheckpointManager,
         log: wd.MetricsLog,
+        workdir: pathlib.Path,
     ):
-        self.config, self.experiment = config, experiment
+        self.config, self.experiment, self.workdir = config, experiment, workdir
         self.checkpoints, self.log = checkpoints, log
         self.started = time.monotonic() - log.seconds
         self.pending: list[dict[str, jax.Array]] = []  # metrics not yet looked at
@@ -89,36 +94,71 @@ class _Run:
         start, total = int(state.step), experiment.total_steps
         checkpoint_steps = config.checkpoint_epochs * experiment.steps_per_epoch
         eval_steps = config.eval_epochs * experiment.steps_per_epoch
-        with tqdm(
-            total=total * config.batch_size,
-            initial=start * config.batch_size,
-            desc=f"{config.norm}, batch {config.batch_size}, micro-batch"
-            f" {config.micro_batch_size}, seed {config.seed}",
-            unit="img",
-            unit_scale=True,
-            mininterval=1.0,
-        ) as bar:
+        folder = self.workdir / "profile"
+        with (
+            processes.stop_requests() as stop_asked,
+            profiler(config.profile_steps, folder) as profile,
+            self._progress(start) as bar,
+        ):
             for step in range(start, total):
-                state, metrics = experiment.train_step(state, experiment.batch(step))
-                self.pending.append(metrics)
+                profile(step, state)
+                state = self._update(step, state)
                 bar.update(config.batch_size)
                 done = step + 1
-                last = done == total
+                last, stop = done == total, stop_asked(done)
                 if last or done % config.log_steps == 0:
                     self._report(done, bar)
-                if last or done % checkpoint_steps == 0:
+                if last or stop or done % checkpoint_steps == 0:
                     self._look(done)
-                    self.checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    wd.save(self.checkpoints, done, state)
+                if stop and not last:
+                    raise processes.Stopped(
+                        f"stopped as asked, after step {done} of {total}; the same"
+                        " command goes on from there."
+                    )
                 if last or done % eval_steps == 0:
                     self._test(done, state)
         if not self.final:  # every step was done before: killed before the summary
             self._test(total, state)
         return state
 
+    def _progress(self, start: int) -> tqdm:
+        config, experiment = self.config, self.experiment
+        return tqdm(
+            total=experiment.total_steps * config.batch_size,
+            initial=start * config.batch_size,
+            desc=f"{config.norm}, batch {config.batch_size}, micro-batch"
+            f" {config.micro_batch_size}, {experiment.mesh.size} device(s), seed"
+            f" {config.seed}",
+            unit="img",
+            unit_scale=True,
+            mininterval=1.0,
+            disable=not processes.primary(),
+        )
+
+    def _update(self, step: int, state: Any) -> Any:
+        """One update; its metrics wait for the next look."""
+        batch = self.experiment.batch(step)
+        before = jax.tree.map(jnp.copy, state) if self.config.debug_nans else None
+        state, metrics = self.experiment.train_step(state, batch)
+        self.pending.append(metrics)
+        if self.config.debug_nans:
+            try:
+                self._fetch(step + 1, [metrics])
+            except NonFiniteError as error:
+                place = find_bad_number(self.experiment, self.config, before, batch)
+                raise NonFiniteError(f"{error}\nWhere it began: {place}.") from None
+        return state
+
     def _look(self, done: int) -> list[dict[str, float]]:
         """Fetches the metrics since the last look, the newest after `done` steps."""
-        seen = jax.device_get(self.pending)
-        self.pending = []
+        seen, self.pending = self._fetch(done, self.pending), []
+        return seen
+
+    def _fetch(
+        self, done: int, pending: list[dict[str, jax.Array]]
+    ) -> list[dict[str, float]]:
+        seen = jax.device_get(pending)
         for step, metrics in enumerate(seen, done - len(seen) + 1):
             if not all(np.isfinite(value) for value in metrics.values()):
                 kept = self.checkpoints.latest_step()
@@ -142,14 +182,18 @@ class _Run:
         if not seen:  # a checkpoint has just looked
             return
         means = {k: float(np.mean([m[k] for m in seen])) for k in seen[0]}
+        memory = wd.memory_in_use()
         bar.set_postfix(
-            loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.1%}"
+            loss=f"{means['loss']:.3f}",
+            accuracy=f"{means['accuracy']:.1%}",
+            memory=f"{memory / 2**30:.1f}GiB",
         )
         self.log.write(
             done,
             self.seconds,
             learning_rate=float(self.experiment.schedule(done - 1)),
             images_per_second=bar.format_dict["rate"] or 0.0,
+            memory_bytes=memory,
             **{f"train_{name}": value for name, value in means.items()},
         )
 

@@ -44,10 +44,12 @@ class Run(NamedTuple):
 
 def describe(summary: dict[str, Any]) -> str:
     """Returns what a single run came to, in two lines."""
+    images = summary["steps"] * summary["batch_size"] / summary["seconds"]
     return (
         f"{summary['norm']}: batch {summary['batch_size']}, micro-batch"
         f" {summary['micro_batch_size']}, {summary['devices']} device(s),"
-        f" {summary['steps']} steps in {summary['seconds']:.0f} s\n"
+        f" {summary['steps']} steps in {summary['seconds']:.0f} s with tests and"
+        f" checkpoints, {images:.0f} images/s\n"
         f"test accuracy on {summary['test_images']} images"
         f"  A, moving statistics: {summary['test_moving_accuracy']:.2%}"
         f"  B, micro-batch statistics: {summary['test_batch_accuracy']:.2%}"

@@ -39,13 +39,14 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
 
     @property
+    def learned(self) -> dict[str, Any]:
+        """The collections that move by their gradients."""
+        return {"params": self.params, "gradient_stats": self.gradient_stats}
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The network's collections, as its `apply` takes them."""
-        return {
-            "params": self.params,
-            "batch_stats": self.batch_stats,
-            "gradient_stats": self.gradient_stats,
-        }
+        return self.learned | {"batch_stats": self.batch_stats}
 
 
 def create_state(
@@ -151,6 +152,31 @@ def split_evenly(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
 
 
+def loss_of(
+    learned: dict[str, Any],
+    network: nn.Module,
+    standardize: Callable[[jax.Array], jax.Array],
+    config: Any,
+    state: TrainState,
+    batch: Split,
+    draws: Draws,
+    mutable: Sequence[str] = ("batch_stats",),
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """Returns what these examples add to the mean cross-entropy of the whole batch.
+
+    And with it: this share and that of the accuracy, ``[2]``, and what `apply_replicas`
+    says that the replicas wrote. `learned` takes the place of ``state.learned``.
+    """
+    images = standardize(augment(batch.images, draws.crops, config.crop_padding))
+    logits, written = apply_replicas(
+        network, state.variables | learned, images, draws.keys, mutable
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    correct = jnp.argmax(logits, -1) == batch.labels
+    share = jnp.array([jnp.sum(loss), jnp.sum(correct)]) / config.batch_size
+    return share[0], (share, written)
+
+
 def make_train_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -168,46 +194,32 @@ def make_train_step(
     """
     replicas = replicas_of(config, mesh)
 
-    def losses(
-        learned: Any, state: TrainState, batch: Split, draws: Draws
-    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        images = standardize(augment(batch.images, draws.crops, config.crop_padding))
-        logits, written = apply_replicas(
-            network, state.variables | learned, images, draws.keys
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        correct = jnp.argmax(logits, -1) == batch.labels
-        share = jnp.array([jnp.sum(loss), jnp.sum(correct)]) / config.batch_size
-        return share[0], (share, written.get("batch_stats", {}))
-
     def on_device(
         state: TrainState, batch: Split, draws: Draws
     ) -> tuple[jax.Array, Any, Any]:
-        learned = {"params": state.params, "gradient_stats": state.gradient_stats}
         # Gradients of what is the same on all devices would be summed on the way, and
         # once more below.
-        learned = lax.pcast(learned, DEVICES, to="varying")
+        learned = lax.pcast(state.learned, DEVICES, to="varying")
 
         def part(total: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
             # The barrier lets no part begin before the one in front of it has ended:
             # that is what saves memory.
             ready, total = lax.optimization_barrier((learned, total))
-            grads, (share, written) = jax.grad(losses, has_aux=True)(
-                ready, state, *given
+            grads, (share, written) = jax.grad(loss_of, has_aux=True)(
+                ready, network, standardize, config, state, *given
             )
-            return jax.tree.map(jnp.add, total, (share, grads)), written
+            total = jax.tree.map(jnp.add, total, grads)
+            return total, (share, written.get("batch_stats", {}))
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(2), learned))
-        zeros = (lax.pcast(zeros[0], DEVICES, to="varying"), zeros[1])
-        total, written = lax.scan(
+        grads, (shares, written) = lax.scan(
             part,
-            zeros,
+            jax.tree.map(jnp.zeros_like, learned),
             split_evenly((batch, draws), config.accumulate),
             # In a loop XLA:CPU takes 50 times as long for a convolution's gradient.
             unroll=jax.default_backend() == "cpu",
         )
         written = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
-        share, grads = lax.psum(total, DEVICES)
+        share, grads = lax.psum((jnp.sum(shares, axis=0), grads), DEVICES)
         return share, grads, merge_running(written, config.stats_momentum, DEVICES)
 
     over_devices = jax.shard_map(

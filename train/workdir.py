@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import platform
+import resource
+import socket
 import sys
+import zlib
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from configs import base
+from train import processes
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+LOCK = "lock"
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -33,13 +43,34 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(draft, path)
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Creates `workdir` and keeps other runs out of it; the lock dies with the process.
+
+    Raises:
+        ValueError: another run is at work in it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"another run, {file.read().strip()}, is at work in {workdir}; wait for"
+                " it, stop it, or choose another --workdir."
+            ) from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates `workdir` and writes the resolved config into it.
+    """Writes the resolved config into `workdir`.
 
     Raises:
         ValueError: it belongs to a run of another config; the difference is shown.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
     # Through JSON and back, since there a tuple is a list.
     ours = json.loads(config.to_json())
@@ -56,7 +87,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
             + "\n".join(differences)
             + "\nChoose another --workdir, or delete this one."
         )
-    write_json(path, ours)
+    if processes.primary():
+        write_json(path, ours)
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -89,14 +121,68 @@ def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     )
 
 
-def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
-    """Returns the last checkpoint, or `state`, which gives the structure, if none."""
-    if checkpoints.latest_step() is None:
-        return state
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return checkpoints.restore(
-        checkpoints.latest_step(), args=ocp.args.StandardRestore(abstract)
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Saves `state` after `step` updates, with a checksum."""
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        checksum=ocp.args.JsonSave(_checksum(state)),
     )
+    checkpoints.save(step, args=args)
+
+
+def _checksum(state: Any) -> int:
+    """CRC-32 of all leaves; Orbax itself would read a flipped bit as it is."""
+    total = 0
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        total = zlib.crc32(np.ascontiguousarray(leaf), total)
+    return total
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
+    """Returns the newest checkpoint that can be read, or `state` if there is none.
+
+    `state` gives the structure, and where the arrays go: a checkpoint made on other
+    devices is read all the same. Says so when a checkpoint cannot be read.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                checksum=ocp.args.JsonRestore(),
+            )
+            found = checkpoints.restore(step, args=args)
+            if found.checksum != _checksum(found.state):
+                raise ValueError("its checksum is not that of what it holds.")
+        except Exception as error:  # of Orbax, TensorStore, JSON, the file system
+            logging.warning(
+                "the checkpoint of step %d in %s cannot be read: %s",
+                step,
+                checkpoints.directory,
+                error,
+            )
+        else:
+            if step != steps[0]:
+                logging.warning("going on from the checkpoint of step %d", step)
+            return found.state
+    if steps:
+        raise ValueError(
+            f"none of the checkpoints in {checkpoints.directory} can be read: damaged,"
+            " or of another version; see above. Choose another --workdir."
+        )
+    return state
+
+
+def forget_after(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    """Deletes the checkpoints after `step`, which `restore` could not read: their
+    steps will be saved anew."""
+    for other in checkpoints.all_steps():
+        if other > step:
+            checkpoints.delete(other)
 
 
 def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
@@ -111,26 +197,40 @@ def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
         return restore(checkpoints, state)
 
 
+def memory_in_use() -> int:
+    """Returns the most memory that a device of this process has used so far, in bytes:
+    what the device says, or on the CPU the resident set of the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(s.get("peak_bytes_in_use", resident) for s in stats)
+
+
 class MetricsLog:
     """Scalars by step, as JSON lines for our own plots and as TensorBoard events.
 
-    Opened at step s, it forgets what an interrupted run wrote after its checkpoint.
+    Opened at step s, it forgets what an interrupted run wrote after its checkpoint. Of
+    several processes the first one writes.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         """Opens the log of a run that goes on from `step`."""
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        #: seconds that training took up to `step`, over all interruptions
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._writes = processes.primary()
+        if not self._writes:
+            return
         path = workdir / METRICS
         _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a", buffering=1)
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
         )
-        #: seconds that training took up to `step`, over all interruptions
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
 
     def write(self, step: int, seconds: float, **scalars: float) -> None:
         """Writes one line: after `step` updates and so many seconds."""
+        if not self._writes:
+            return
         line = {"step": step, "seconds": round(seconds, 3)} | scalars
         self._lines.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
@@ -138,6 +238,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes both files."""
+        if not self._writes:
+            return
         self._lines.close()
         self._events.close()
 

@@ -1,6 +1,8 @@
 """Whole runs: resuming, refusing, stopping."""
 
 import json
+import os
+import shutil
 
 import chex
 import jax
@@ -56,7 +58,7 @@ def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
     )
     for key in ("test_moving_accuracy", "test_batch_loss", "final_train_loss", "steps"):
         assert resumed[key] == summary[key]
-    timing = {"seconds", "images_per_second"}
+    timing = {"seconds", "images_per_second", "memory_bytes"}
     logs = [
         [{k: v for k, v in line.items() if k not in timing} for line in log]
         for log in map(wd.read_metrics, (straight, tmp_path))
@@ -140,3 +142,66 @@ def test_metrics_of_a_crash_are_forgotten(tmp_path):
     assert log.seconds == 1.0
     log.close()
     assert wd.read_metrics(tmp_path) == [{"step": 5, "seconds": 1.0, "train_loss": 2.0}]
+
+
+@pytest.fixture
+def two_checkpoints(finished, tmp_path):
+    """A copy of the finished run, without its summary."""
+    workdir, config, summary = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink(missing_ok=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "16",
+        "8",
+    ]
+    return tmp_path, config, summary
+
+
+def damage(folder, how):
+    if how == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        return
+    path = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if how == "short":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "one bit"])
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(
+    two_checkpoints, how, caplog
+):
+    workdir, config, summary = two_checkpoints
+    damage(workdir / "checkpoints" / "16", how)
+    again = loop.train(config, workdir)
+    assert "checkpoint of step 16" in caplog.text
+    assert "going on from the checkpoint of step 8" in caplog.text
+    for key in ("test_moving_loss", "final_train_loss", "steps"):
+        assert again[key] == summary[key]
+
+
+def test_no_checkpoint_that_can_be_read(two_checkpoints):
+    workdir, config, _ = two_checkpoints
+    for name in ("8", "16"):
+        damage(workdir / "checkpoints" / name, "short")
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* can be read"):
+        loop.train(config, workdir)
+    assert (workdir / "checkpoints" / "16").exists()
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+    refused = pytest.raises(ValueError, match=f"another run, process {os.getpid()} on")
+    with wd.locked(tmp_path), refused:
+        loop.train(tiny_config(), tmp_path)
+
+
+def test_a_trace_for_the_profiler(tmp_path):
+    config = tiny_config(train_examples=32, epochs=1, profile_steps=(1, 3))
+    loop.train(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match=r"profile_steps is \(3, 1\); expected"):
+        loop.train(tiny_config(profile_steps=(3, 1)), tmp_path / "other")
