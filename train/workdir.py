@@ -122,12 +122,22 @@ def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Saves `state` after `step` updates, with a checksum."""
+    """Saves `state` after `step` updates, with a checksum.
+
+    Raises:
+        OSError: it could not be written, say because the disk is full.
+    """
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         checksum=ocp.args.JsonSave(_checksum(state)),
     )
-    checkpoints.save(step, args=args)
+    try:
+        checkpoints.save(step, args=args)
+    except Exception as error:  # of Orbax and TensorStore, with the system's own words
+        raise OSError(
+            f"the checkpoint of step {step} could not be saved in"
+            f" {checkpoints.directory}; those before it are kept. {error}"
+        ) from error
 
 
 def _checksum(state: Any) -> int:

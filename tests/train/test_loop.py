@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import chex
@@ -191,6 +192,20 @@ def test_no_checkpoint_that_can_be_read(two_checkpoints):
     with pytest.raises(ValueError, match=r"none of the checkpoints in .* can be read"):
         loop.train(config, workdir)
     assert (workdir / "checkpoints" / "16").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written(two_checkpoints):
+    """No file may grow beyond 1 KB: to the writer as bad as a full disk."""
+    workdir, config, _ = two_checkpoints
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with wd.open_checkpoints(workdir) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"of step 17 could not be saved in .*"):
+                wd.save(checkpoints, 17, build(config).state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last_state(workdir, config).step == 16
 
 
 def test_two_runs_in_one_workdir_are_refused(tmp_path):

@@ -1,13 +1,13 @@
 """The same training on any number of devices, in one part or several."""
 
 import functools
-import re
 
 import chex
 import jax
 import numpy as np
 import pytest
 
+from benchmarks.hlo import collectives
 from tests.train.common import batch, tiny_config
 from train.experiment import build
 from train.mesh import make_mesh
@@ -68,32 +68,21 @@ def compiled(**overrides):
     return lowered.compile()
 
 
-COLLECTIVE = re.compile(
-    r"= (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter"
-    r"|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-def floats(shapes):
-    """Number of floats in the shapes of an HLO line."""
-    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
-    return sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in sizes)
-
-
 def test_normalisation_issues_no_collective():
-    """Gradients and metrics are one all-reduce, means and spreads of the running
-    statistics two, and all of them no larger than what they reduce."""
-    found = COLLECTIVE.findall(compiled(norm="kalman").as_text())
-    assert {kind for _, kind in found} == {"all-reduce"}
-    assert len(found) <= 3
+    """One all-reduce of means; one of gradients, metrics and variances, which need the
+    means; no float more than that."""
+    found = collectives(compiled(norm="kalman").as_text())
+    assert [one.kind for one in found] == ["all-reduce"] * 2
     state = build(config_of(norm="kalman")).state
     count = sum(
         leaf.size for leaf in jax.tree.leaves((state.params, state.batch_stats))
     )
-    assert sum(floats(shapes) for shapes, _ in found) == count + 2  # loss, accuracy
+    variances = sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats)) // 2
+    # Variances come twice, within and between replicas; loss and accuracy.
+    assert sum(one.size for one in found) == 4 * (count + variances + 2)
 
     synchronised = compiled(norm="kalman", sync_statistics=True).as_text()
-    assert len(COLLECTIVE.findall(synchronised)) > 10
+    assert len(collectives(synchronised)) > 10
 
 
 def test_parts_need_less_memory():
