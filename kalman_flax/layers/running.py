@@ -25,7 +25,7 @@ def merge_running(
         batch_stats: collection of ``mean`` and ``var``, with a leading axis ``R``.
         momentum: the one the normalisers decay their averages with, below 1.
         axis_name: mapped axis of devices, each with as many replicas, to merge over as
-            well. Two all-reduces: of the means, and of the squared distances to them.
+            well, in two all-reduces: the variances need the means.
     """
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"momentum is {momentum}; expected a number in [0, 1).")
@@ -39,16 +39,12 @@ def merge_running(
         return lax.optimization_barrier(lax.pmean(stats, axis_name))
 
     flat = traverse_util.flatten_dict(batch_stats)
-    merged = mean(flat)
-    spread = mean(
-        {
-            path: jnp.square(flat[(*path[:-1], "mean")] - merged[(*path[:-1], "mean")])
-            for path in flat
-            if path[-1] == "var"
-        }
-    )
-    for path, square in spread.items():
+    variances = {path: stat for path, stat in flat.items() if path[-1] == "var"}
+    merged = mean({path: flat[path] for path in flat.keys() - variances.keys()})
+    for path in variances:
         # The variance of the averages is (1 - momentum)^2 that of the means, but is to
         # count (1 - momentum) times.
-        merged[path] += square / (1.0 - momentum)
-    return traverse_util.unflatten_dict(merged)
+        of_mean = (*path[:-1], "mean")
+        spread = jnp.square(flat[of_mean] - merged[of_mean])
+        variances[path] += spread / (1.0 - momentum)
+    return traverse_util.unflatten_dict(merged | mean(variances))
