@@ -15,7 +15,7 @@ from kalman_flax.convolution import convolve, predict_conv
 from kalman_flax.layers.signal import Signal, through
 from kalman_flax.predict import predict_dense
 from kalman_flax.sampling import sample_conv, sample_dense
-from kalman_flax.state import KalmanState, check_choice
+from kalman_flax.state import KalmanState, check_choice, standard_deviation
 
 TRANSITIONS = ("closed_form", "monte_carlo")
 RNG = "transition"  # the Flax RNG stream of the Monte Carlo transition
@@ -28,7 +28,8 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     Mean and standard deviation of each output feature, over height, width and input
     channels of ``[..., h, w, C, D]``.
     """
-    std = jnp.std(kernel, _FAN_IN, keepdims=True)
+    # Kernels of a single value, and those of zeros, have no spread.
+    std = standard_deviation(jnp.var(kernel, _FAN_IN, keepdims=True))
     return centre_kernel(kernel) / (std + epsilon)
 
 

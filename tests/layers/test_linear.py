@@ -151,6 +151,18 @@ def test_weight_standardization_reaches_the_gradient(x):
     np.testing.assert_allclose(along, np.zeros(6), atol=1e-2)
 
 
+@pytest.mark.parametrize("kernel", [np.ones((1, 1, 1, 2)), np.zeros((3, 3, 2, 2))])
+def test_weight_standardization_of_kernels_without_spread(kernel):
+    """Of 1x1 convolutions of one channel, and of kernels that start at zero."""
+
+    def loss(kernel):
+        return jnp.sum(jnp.sin(kf.standardize_kernel(kernel)))
+
+    value, grad = jax.value_and_grad(loss)(jnp.float32(kernel))
+    assert value == 0
+    assert jnp.all(jnp.isfinite(grad))
+
+
 @pytest.mark.parametrize("name", ["Conv", "Dense"])
 def test_monte_carlo_transition_agrees_with_the_closed_form(name):
     args = (3, (3, 3)) if name == "Conv" else (3,)
