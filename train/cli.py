@@ -29,7 +29,8 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except processes.Stopped as stop:
-            print(stop, file=sys.stderr)
+            if processes.primary():
+                print(stop, file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
         except (ValueError, OSError, FloatingPointError) as error:
             logging.debug("traceback", exc_info=True)
