@@ -33,3 +33,8 @@ def collectives(hlo: str) -> list[Collective]:
 def _bytes(dtype: str, dimensions: str) -> int:
     size = _SIZES.get(dtype) or int(dtype[1:]) // 8
     return size * int(np.prod([int(n) for n in dimensions.split(",") if n]))
+
+
+def count_fusions(hlo: str) -> int:
+    """Returns the number of fusions and other kernels in a compiled program."""
+    return len(re.findall(r"\S+ = .* (?:fusion|custom-call|convolution|dot)\(", hlo))

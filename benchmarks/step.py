@@ -1,0 +1,217 @@
+"""What a training step costs, normaliser by normaliser.
+
+    python -m benchmarks.step --workdir=runs/step
+    python -m benchmarks.step --micro_batch_sizes=1,2,8,32,128 --torch \\
+        --dtypes=float32,bfloat16 --workdir=runs/step
+
+Times the trainer's own step on random images, and inference by moving statistics, all
+normalisers in turn in one process: on a busy machine ratios hold, times do not. Beside
+them stands what XLA says of the compiled step: operations, bytes, fusions, memory. All
+ratios are to `batch`, which is Flax's `nn.BatchNorm`; `ours` is `KalmanNorm` with gain
+1, which is batch norm by our own code. Prints a table and writes step.json.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import torch_step
+from benchmarks.hlo import count_fusions
+from configs import cifar10_short
+from train import cli
+from train import workdir as wd
+from train.data import Dataset, Split
+from train.experiment import check, make_network, make_optimizer
+from train.mesh import make_mesh, take
+from train.step import TrainState, create_state, make_train_step
+
+VARIANTS = {
+    "batch": {"norm": "batch"},
+    "ours": {"norm": "kalman", "norm_options": '{"gain": 1.0}'},
+    "group": {"norm": "group"},
+    "batch_renorm": {"norm": "batch_renorm"},
+    "kalman": {"norm": "kalman"},
+    "kalman_wc": {"norm": "kalman_wc"},
+    "kalman_mc": {"norm": "kalman_mc"},
+}
+_VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
+_BLOCKS = flags.DEFINE_integer("blocks", 3, "n of the ResNet of 6n + 2 layers.")
+_SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.")
+_MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors of it.")
+_DTYPES = flags.DEFINE_list("dtypes", "float32", "Of float32, bfloat16.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Timings of each.", lower_bound=1)
+_TORCH = flags.DEFINE_bool("torch", False, "Time PyTorch's step too, if installed.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for step.json.")
+
+
+class Program(NamedTuple):
+    """A compiled step and inference, ready to run."""
+
+    train: Callable[[], Any]
+    infer: Callable[[], Any]
+    facts: dict[str, float]
+
+
+def configure(variant: str, micro_batch_size: int, dtype: str) -> ConfigDict:
+    """Returns the config of one program."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known are {list(VARIANTS)}.")
+    config = cifar10_short.get_config()
+    config.update(
+        blocks_per_stage=_BLOCKS.value,
+        batch_size=_BATCH_SIZE.value,
+        micro_batch_size=micro_batch_size,
+        dtype=dtype,
+    )
+    config.update(VARIANTS[variant])
+    check(config)
+    return config
+
+
+def compile_program(config: ConfigDict) -> Program:
+    """Compiles the step and the inference of `config` for random images."""
+    shape = (_SIZE.value, _SIZE.value, 3)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (config.batch_size, *shape), np.uint8)
+    split = Split(images, random.integers(0, 10, config.batch_size, np.int32))
+    network = make_network(config, Dataset(split, split, 10))
+    optimizer = make_optimizer(config, lambda step: config.learning_rate)
+    mesh = make_mesh(config.batch_size // config.micro_batch_size)
+    state = create_state(network, optimizer, 0, shape, mesh)
+    batch = take(mesh, split, np.arange(config.batch_size))
+    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    lowered = step.lower(state, batch)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - start
+
+    @jax.jit
+    def infer(state: TrainState, images: jax.Array) -> jax.Array:
+        x = images / 128.0 - 1.0
+        return network.apply(state.variables, x, use_running_average=True)
+
+    inference = infer.lower(state, batch.images).compile()
+    held = [state]
+
+    def train() -> None:
+        held[0], metrics = compiled(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    facts = {
+        "compile_seconds": compile_seconds,
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "fusions": count_fusions(compiled.as_text()),
+        "memory_bytes": memory.temp_size_in_bytes,
+        "inference_flops": inference.cost_analysis()["flops"],
+        "inference_fusions": count_fusions(inference.as_text()),
+    }
+    return Program(
+        train, lambda: jax.block_until_ready(inference(held[0], batch.images)), facts
+    )
+
+
+def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times each function once a round, in turn, after one call to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for number in range(rounds + 1):
+        for name, call in run.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios round by round: what slows a whole round
+    leaves them alone."""
+    ratios = np.array(seconds) / np.array(baseline)
+    return tuple(float(q) for q in np.quantile(ratios, (0.5, 0.25, 0.75)))
+
+
+def compare(micro_batch_size: int, dtype: str) -> list[dict[str, Any]]:
+    """Measures all variants at one micro-batch size; a row for each."""
+    made = {
+        variant: compile_program(configure(variant, micro_batch_size, dtype))
+        for variant in _VARIANTS.value
+    }
+    steps = {variant: program.train for variant, program in made.items()}
+    if _TORCH.value:
+        shape = (_BATCH_SIZE.value, 3, _SIZE.value, _SIZE.value)
+        steps["torch"] = torch_step.make(shape, _BLOCKS.value, dtype)
+    train = measure(steps, _ROUNDS.value)
+    infer = measure({v: p.infer for v, p in made.items()}, _ROUNDS.value)
+    rows = []
+    for name, seconds in train.items():
+        rows.append(
+            {
+                "variant": name,
+                "dtype": dtype,
+                "micro_batch_size": micro_batch_size,
+                "step_seconds": float(np.median(seconds)),
+                "step_ratio": ratio(seconds, train["batch"]),
+                "images_per_second": _BATCH_SIZE.value / float(np.median(seconds)),
+            }
+        )
+        if name in made:
+            rows[-1] |= {
+                "inference_ratio": ratio(infer[name], infer["batch"]),
+                **made[name].facts,
+            }
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as Markdown, with ratios to the first of them."""
+    lines = [
+        "| variant | dtype | micro-batch | images/s | step | quartiles | inference"
+        " | flops | bytes | memory | fusions | compile |",
+        "|" + "---|" * 12,
+    ]
+    base = rows[0]
+    for row in rows:
+        step, low, high = row["step_ratio"]
+        cells = [row["variant"], row["dtype"], row["micro_batch_size"]]
+        cells += [f"{row['images_per_second']:.0f}", f"{step:.3f}"]
+        cells += [f"{low:.3f} to {high:.3f}"]
+        if "flops" in row:
+            cells += [f"{row['inference_ratio'][0]:.3f}"]
+            for key in ("flops", "bytes", "memory_bytes"):
+                cells += [f"{row[key] / base[key]:.3f}"]
+            cells += [row["fusions"]]
+            cells += [f"{row['compile_seconds'] / base['compile_seconds']:.2f}"]
+        else:
+            cells += ["-"] * 6
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    if "batch" not in _VARIANTS.value:
+        raise ValueError("--variants must hold batch, which the ratios are to.")
+    rows = []
+    for dtype in _DTYPES.value:
+        for size in map(cli.micro_batch_size, _MICRO_BATCH_SIZES.value):
+            compared = compare(size, dtype)
+            print(table(compared), flush=True)
+            rows += compared
+    path = pathlib.Path(_WORKDIR.value)
+    path.mkdir(parents=True, exist_ok=True)
+    wd.write_json(path / "step.json", wd.provenance() | {"rows": rows})
+    print(f"written: {path}/step.json")
+
+
+if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
+    flags.mark_flag_as_required("workdir")
+    cli.run(main)
