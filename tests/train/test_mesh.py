@@ -83,6 +83,13 @@ def test_normalisation_issues_no_collective():
     assert len(collectives(synchronised)) > 10
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_convolutions_are_fast_on_the_cpu(accumulate):
+    """XLA:CPU is slow where the output is the kernel; outside of loops it turns such
+    convolutions around first."""
+    assert "->01bf" not in compiled(accumulate=accumulate).as_text()
+
+
 def test_parts_need_less_memory():
     def size(accumulate):
         experiment = build(
