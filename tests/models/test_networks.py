@@ -11,6 +11,9 @@ import pytest
 from flax import traverse_util
 
 import kalman_flax as kf
+from kalman_flax.models.bottleneck_resnet import Bottleneck
+from kalman_flax.models.inception import Inception
+from kalman_flax.models.network import Layers
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
@@ -18,20 +21,19 @@ TINY = {
     "resnet": functools.partial(kf.BottleneckResNet, stage_sizes=(1, 2), width=4),
     "small_inception": kf.SmallInception,
 }
-#: the same and the full networks, of which only shapes are computed
-ALL = TINY | {"resnet50": kf.NETWORKS["resnet50"], "inception_v2": kf.InceptionV2}
+#: of which only shapes are computed
+FULL = {"resnet50": kf.NETWORKS["resnet50"], "inception_v2": kf.InceptionV2}
 
 
 def build(network, name="batch", **options):
     return network(**{"num_classes": 3} | options, **kf.normalization(name)._asdict())
 
 
-def apply(net, variables, images=IMAGES, use_running_average=False):
-    """Logits, and what training writes with every layer's output."""
+def apply(net, variables, *args):
+    """The output, and what training writes with every layer's output."""
     return net.apply(
         variables,
-        images,
-        use_running_average,
+        *args,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
         rngs={"transition": KEY},
@@ -39,14 +41,12 @@ def apply(net, variables, images=IMAGES, use_running_average=False):
 
 
 def shapes(net, images=IMAGES):
-    """Of the variables, the logits and what training writes; nothing is computed."""
+    """Logits and variables with every layer's output; nothing is computed."""
     images = jax.ShapeDtypeStruct(images.shape, images.dtype)
-
-    def run(images):
-        variables = net.init(KEY, images, True)
-        return variables, *apply(net, variables, images)
-
-    return jax.eval_shape(run, images)
+    init = functools.partial(
+        net.init_with_output, mutable=True, capture_intermediates=True
+    )
+    return jax.eval_shape(lambda images: init(KEY, images, False), images)
 
 
 def count(variables):
@@ -60,17 +60,19 @@ def outputs(written):
     return {path[: -len(end)]: y[0] for path, y in flat.items() if path.endswith(end)}
 
 
-def drawn(variables, seed=0):
-    """As after training: no leaf at its initial value, variances positive."""
-    rng = np.random.default_rng(seed)
+def drawn(net, *args):
+    """Variables as after training: none at its initial value, variances positive."""
+    rng = np.random.default_rng(0)
 
     def draw(path, leaf):
         if leaf.ndim > 1:
-            return leaf
+            std = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            return jnp.asarray(rng.normal(0, std, leaf.shape), leaf.dtype)
         low, high = (0.5, 2.0) if path[-1].key in ("var", "scale") else (-0.5, 0.5)
         return jnp.asarray(rng.uniform(low, high, leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, variables)
+    expected = jax.eval_shape(lambda: net.init(KEY, *args))
+    return jax.tree_util.tree_map_with_path(draw, expected)
 
 
 def small_inception_count():
@@ -106,7 +108,9 @@ def small_inception_count():
 )
 def test_sizes(name, size, classes, parameters):
     net = build(kf.NETWORKS[name], num_classes=classes)
-    variables, logits, _ = shapes(net, jnp.zeros((2, size, size, 3)))
+    logits, variables = jax.eval_shape(
+        lambda: net.init_with_output(KEY, jnp.zeros((2, size, size, 3)), True)
+    )
     assert count(variables) == parameters
     assert (logits.shape, logits.dtype) == ((2, classes), jnp.float32)
 
@@ -144,14 +148,14 @@ def test_sizes(name, size, classes, parameters):
     ],
 )
 def test_maps(name, expected):
-    *_, written = shapes(build(ALL[name]), jnp.zeros((1, 224, 224, 3)))
+    _, written = shapes(build(FULL[name]), jnp.zeros((1, 224, 224, 3)))
     seen = outputs(written)
     for layer, (size, channels) in expected.items():
         assert seen[layer].value.shape == (1, size, size, channels), layer
 
 
 def test_small_inception_maps():
-    *_, written = shapes(build(kf.SmallInception), jnp.zeros((1, 32, 32, 3)))
+    _, written = shapes(build(kf.SmallInception), jnp.zeros((1, 32, 32, 3)))
     seen = outputs(written)
     names = ("stem", "inception1", "inception2", "inception3")
     assert [seen[name].value.shape[1:] for name in names] == [
@@ -162,32 +166,53 @@ def test_small_inception_maps():
 @pytest.mark.parametrize("stride_in_1x1, height", [(False, 4), (True, 2)])
 def test_stride_placement(stride_in_1x1, height):
     net = build(TINY["resnet"], stride_in_1x1=stride_in_1x1)
-    seen = outputs(shapes(net)[-1])
+    seen = outputs(shapes(net)[1])
     assert seen["stage2_block1/conv1"].value.shape[1] == height
     assert seen["stage2_block1/conv2"].value.shape[1] == 2
 
 
-def test_zero_init_last_scale_starts_blocks_as_their_shortcuts():
-    net = build(TINY["resnet"], "kalman", zero_init_last_scale=True)
-    variables = net.init(KEY, IMAGES, True)
-    flat = traverse_util.flatten_dict(variables["params"], sep="/")
-    for path, scale in flat.items():
+X = kf.Signal(
+    jax.random.normal(KEY, (2, 4, 4, 8)),
+    kf.KalmanState(jnp.linspace(-1, 1, 8), jnp.linspace(0.5, 2, 8)),
+)
+
+
+def layers(name="kalman"):
+    entry = kf.normalization(name)
+    norm = functools.partial(entry.norm, use_running_average=False)
+    return Layers(norm, functools.partial(entry.conv, use_bias=False), entry.activation)
+
+
+def bottleneck(name="kalman", **options):
+    return Bottleneck(2, layers(name), **options)
+
+
+def inception(name="kalman", **options):
+    branches = (((1, 4),), ((1, 2), (3, 6)))
+    return Inception(branches, kf.max_pool, layers=layers(name), **options)
+
+
+def test_zero_init_last_scale_starts_a_block_as_its_shortcut():
+    block = bottleneck(zero_init_last_scale=True)
+    variables = block.init(KEY, X)
+    for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items():
         if path.endswith("/scale"):
-            assert jnp.all(scale == (0 if "conv3_norm" in path else 1)), path
-    seen = outputs(apply(net, variables)[1])
-    block, before = seen["stage2_block2"], seen["stage2_block1"]
-    chex.assert_trees_all_close(block.value, before.value)
-    chex.assert_tree_all_finite(block.state)
+            assert jnp.all(leaf == (0 if path == "conv3_norm/scale" else 1)), path
+    y, _ = apply(block, variables, X)
+    chex.assert_trees_all_close(y, kf.relu(X))
+    net = build(TINY["resnet"], "weight", zero_init_last_scale=True)
+    with pytest.raises(TypeError, match="scale_init"):  # it has no scale
+        jax.eval_shape(lambda: net.init(KEY, IMAGES, True))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*TINY, "inception_v2"])
 def test_no_state_is_lost(name):
     """Every KalmanNorm is told a state, of all its channels; without an input state
     all but the first."""
 
     def predicted(**options):
-        net = build(ALL[name], "kalman").clone(**options)
-        *_, written = shapes(net, jnp.zeros((2, 64, 64, 3)))
+        net = build((TINY | FULL)[name], "kalman").clone(**options)
+        _, written = shapes(net, jnp.zeros((2, 64, 64, 3)))
         flat = traverse_util.flatten_dict(written["intermediates"], sep="/")
         norms = {path[: -len("/observed")] for path in flat if "/observed" in path}
         for norm in norms:
@@ -205,81 +230,92 @@ def test_no_state_is_lost(name):
     assert norms - told == {first}
 
 
-def test_sum_carries_the_states_of_both_branches():
-    net = build(TINY["resnet"], "kalman")
-    seen = outputs(apply(net, drawn(net.init(KEY, IMAGES, True)))[1])
-    for block, shortcut in (
-        ("stage2_block1", "stage2_block1/shortcut_norm"),
-        ("stage2_block2", "stage2_block1"),
+@pytest.mark.parametrize("strides", [1, 2])
+def test_sum_carries_the_states_of_both_branches(strides):
+    block = bottleneck(strides=strides)
+    y, written = apply(block, drawn(block, X), X)
+    seen = outputs(written)
+    shortcut = X if strides == 1 else seen["shortcut_norm"]
+    expected = kf.predict_sum(seen["conv3_norm"].state, shortcut.state)
+    chex.assert_trees_all_close(y.state, kf.predict_relu(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("strides, projection", [(1, 4), (2, 0)])
+def test_concatenation_joins_the_states_of_all_branches(strides, projection):
+    module = inception(strides=strides, projection=projection)
+    y, written = apply(module, drawn(module, X), X)
+    seen = outputs(written)
+    pooled = kf.max_pool(X, (3, 3), (2, 2), "SAME")
+    branches = [
+        kf.relu(seen["branch1_conv1_norm"]),
+        kf.relu(seen["branch2_conv2_norm"]),
+        kf.relu(seen["pool_conv_norm"]) if projection else pooled,
+    ]
+    chex.assert_trees_all_close(y, kf.concatenate(branches), rtol=1e-5)
+
+
+def test_gain_1_is_batch_norm():
+    """The whole of a ResNet, and a module of an Inception."""
+    one = functools.partial(kf.KalmanNorm, gain=1.0)
+    net, module = build(TINY["resnet"], "kalman"), inception(projection=4)
+    in_module = functools.partial(one, use_running_average=False)
+    for kalman, gain_1, batch, args in (
+        (net, net.clone(norm=one), build(TINY["resnet"]), (IMAGES, False)),
+        (
+            module,
+            module.clone(layers=module.layers._replace(norm=in_module)),
+            inception("batch", projection=4),
+            (X,),
+        ),
     ):
-        branch = seen[f"{block}/conv3_norm"].state
-        expected = kf.predict_relu(kf.predict_sum(branch, seen[shortcut].state))
-        chex.assert_trees_all_close(seen[block].state, expected, rtol=1e-5)
-
-
-def test_concatenation_joins_the_states_of_all_branches():
-    net = build(TINY["small_inception"], "kalman")
-    seen = outputs(apply(net, drawn(net.init(KEY, IMAGES, True)))[1])
-    last = ("branch1_conv1", "branch2_conv2", "branch3_conv2", "pool_conv")
-    states = [seen[f"inception2/{name}_norm"].state for name in last]
-    expected = kf.predict_relu(kf.predict_concatenate(states))
-    chex.assert_trees_all_close(seen["inception2"].state, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_gain_1_is_batch_norm(name):
-    batch, kalman = build(TINY[name]), build(TINY[name], "kalman")
-    one = kalman.clone(norm=functools.partial(kf.KalmanNorm, gain=1.0))
-    variables = drawn(batch.init(KEY, IMAGES, True))
-
-    def run(net):
-        logits, written = net.apply(variables, IMAGES, False, mutable=["batch_stats"])
-        return logits, written["batch_stats"]
-
-    (expected, stats), (logits, ours) = run(batch.clone(norm=BATCH_NORM)), run(one)
-    chex.assert_trees_all_close(logits, expected, rtol=1e-3, atol=1e-4)
-    chex.assert_trees_all_close(ours, stats, rtol=1e-3, atol=1e-4)
-    assert jnp.abs(run(kalman)[0] - expected).max() > 1e-2
-
-
-BATCH_NORM = functools.partial(kf.BatchNorm, momentum=0.99)
+        variables = drawn(batch, *args)
+        ours, expected, other = (
+            n.apply(variables, *args, mutable=["batch_stats"])
+            for n in (gain_1, batch, kalman)
+        )
+        values, stats = (jax.tree.leaves(ours[k]) for k in (0, 1))
+        close = functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-4)
+        close(values[0], jax.tree.leaves(expected[0])[0])
+        close(stats, jax.tree.leaves(expected[1]))
+        assert jnp.abs(jax.tree.leaves(other[0])[0] - values[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize("norm", kf.NORMALIZERS)
 @pytest.mark.parametrize("name", TINY)
 def test_every_normalizer(name, norm):
     net = build(TINY[name], norm, dtype=jnp.bfloat16)
-    variables, logits, written = shapes(net)
+    logits, variables = shapes(net)
     assert (logits.shape, logits.dtype) == ((2, 3), jnp.float32)
+    written = variables.pop("intermediates")
     chex.assert_type(jax.tree.leaves(variables), jnp.float32)
-    chex.assert_type(jax.tree.leaves(written.get("batch_stats", {})), jnp.float32)
-    seen = outputs(written)
+    seen = outputs({"intermediates": written})
     last = seen["stage2_block2" if name == "resnet" else "inception3"]
     assert last.value.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_group_kalman_norm_keeps_examples_apart(name):
-    """Also where max-pooling observes, and where its branch is joined with others."""
-    net = build(ALL[name], "group_kalman")
-    *_, written = shapes(net, jnp.zeros((2, 64, 64, 3)))
-    for path, y in outputs(written).items():
-        if isinstance(y, kf.Signal) and path.endswith("_norm"):
-            assert y.state.mean.shape == (2, y.value.shape[-1]), path
-    if name not in TINY:
-        return
-    variables = drawn(net.init(KEY, IMAGES, True))
-    together = net.apply(variables, IMAGES, True)
-    alone = [net.apply(variables, image[None], True)[0] for image in IMAGES]
-    chex.assert_trees_all_close(together, jnp.stack(alone), rtol=1e-3, atol=1e-4)
+def test_group_kalman_norm_keeps_examples_apart():
+    """Where max-pooling observes, and what it observes is joined with other states."""
+    module = inception("group_kalman", strides=2, projection=0)
+    norm = functools.partial(kf.GroupKalmanNorm, 2)
+    module = module.clone(layers=module.layers._replace(norm=norm))
+    x = X.replace(state=kf.observe(X.value, "instance"))
+    value = X.value.at[1].multiply(3.0)
+    other = kf.Signal(value, kf.observe(value, "instance"))
+    variables = drawn(module, x)
+    before, after = (module.apply(variables, y) for y in (x, other))
+    assert before.state.mean.shape == (2, before.value.shape[-1])
+    first = [jax.tree.map(lambda leaf: leaf[0], y) for y in (before, after)]
+    chex.assert_trees_all_close(*first, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(before.state.mean[1] - after.state.mean[1]).max() > 1e-3
 
 
 def test_export_serves_without_the_filter():
     net = build(TINY["resnet"], "kalman_paper_wc")
-    variables = drawn(net.init(KEY, IMAGES, True))
+    variables = drawn(net, IMAGES, True)
     exported = kf.export_batch_norm(net, variables, IMAGES, True)
-    plain = build(TINY["resnet"]).clone(norm=BATCH_NORM, conv=nn_conv, input_state=None)
-    chex.assert_trees_all_equal_shapes(exported, shapes(plain)[0])
+    plain = build(TINY["resnet"]).clone(conv=nn_conv, input_state=None)
+    expected = jax.eval_shape(lambda: plain.init(KEY, IMAGES, True))
+    chex.assert_trees_all_equal_shapes(exported, expected)
     np.testing.assert_allclose(
         plain.apply(exported, IMAGES, True),
         net.apply(variables, IMAGES, True),

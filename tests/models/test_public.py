@@ -31,6 +31,9 @@ def randomise(model):
                     tensor.uniform_(0.5, 1.5)
                 for tensor in (module.bias, module.running_mean):
                     tensor.uniform_(-0.5, 0.5)
+            if isinstance(module, torch.nn.Conv2d):
+                # By its own initialisation the signal dies out before the logits.
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def copied(net, image, layers, head):
@@ -97,13 +100,15 @@ def test_resnet_50_is_that_of_torchvision(image, stride_in_1x1):
 
 def test_inception_v2_is_the_bninception_of_pretrainedmodels(image):
     """A port of the Caffe model. Its average pooling counts the padding, which is
-    turned off here: ours does not, as TF-slim's does not."""
+    turned off here: ours does not, as TF-slim's does not. Its last one is of 7x7, for
+    images of 224x224; here it is over the whole of a smaller map."""
     models = pytest.importorskip("pretrainedmodels.models")
     model = models.bninception(num_classes=CLASSES, pretrained=None)
     randomise(model)
     for module in model.modules():
         if isinstance(module, torch.nn.AvgPool2d):
             module.count_include_pad = False
+    model.global_pool = torch.nn.AdaptiveAvgPool2d(1)
     layers = [("conv1", model.conv1_7x7_s2, model.conv1_7x7_s2_bn)]
     layers += [
         (ours, getattr(model, theirs), getattr(model, f"{theirs}_bn"))
