@@ -14,10 +14,13 @@ def get_config() -> ConfigDict:
     config.crop_padding = 0  # random crops after padding by so many pixels
     config.flip = False  # random horizontal flips
 
-    # Network: pre-activation ResNet of 6n + 2 layers
+    # Network
+    config.network = "cifar_resnet"  # a name in kalman_flax.NETWORKS
+    # of cifar_resnet alone, the pre-activation ResNet of 6n + 2 layers:
     config.blocks_per_stage = 1  # n
     config.width = 16
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
+    # of every network:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
 
     # Normaliser

@@ -45,6 +45,11 @@ from kalman_flax.layers.linear import centre_kernel as centre_kernel
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel
 from kalman_flax.layers.running import merge_running as merge_running
 from kalman_flax.layers.signal import Signal as Signal
+from kalman_flax.models.bottleneck_resnet import BottleneckResNet as BottleneckResNet
+from kalman_flax.models.inception import InceptionV2 as InceptionV2
+from kalman_flax.models.inception import SmallInception as SmallInception
+from kalman_flax.models.network import Network as Network
+from kalman_flax.models.registry import NETWORKS as NETWORKS
 from kalman_flax.models.resnet import ResNet as ResNet
 from kalman_flax.observe import observe as observe
 from kalman_flax.predict import predict_affine as predict_affine

@@ -15,19 +15,24 @@ DATA_DIR = flags.DEFINE_string(
 )
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], positional: int = 0) -> None:
     """Runs a command; bad input ends it with one clear line and status 1.
 
     ``--verbosity=1`` shows the traceback as well.
+
+    Args:
+        main: the command.
+        positional: how many arguments that are no flags it takes, at most.
     """
 
     def guarded(arguments: list[str]) -> None:
-        if len(arguments) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+        given, unexpected = arguments[1 : positional + 1], arguments[positional + 1 :]
+        if unexpected:
+            raise app.UsageError(f"unexpected arguments: {' '.join(unexpected)}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax narrates every save at INFO
         try:
-            main()
+            main(*given)
         except processes.Stopped as stop:
             if processes.primary():
                 print(stop, file=sys.stderr)

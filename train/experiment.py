@@ -14,7 +14,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from kalman_flax import NORMALIZERS, Normalization, ResNet, normalization
+from kalman_flax import NETWORKS, NORMALIZERS, Normalization, normalization
 from kalman_flax.state import check_choice
 from train.controls import CONTROLS
 from train.data import Dataset, Split, load_dataset, make_batches, make_standardize
@@ -138,14 +138,20 @@ def make_normalization(config: Any) -> Normalization:
 
 
 def make_network(config: Any, dataset: Dataset) -> nn.Module:
-    """Builds the network, with the normaliser that `config` names."""
+    """Builds the network that `config` names, with the normaliser that it names."""
     check_choice("dtype", config.dtype, ("float32", "bfloat16"))
-    return ResNet(
+    check_choice("network", config.network, NETWORKS)
+    size = {}
+    if config.network == "cifar_resnet":
+        size = {
+            "blocks_per_stage": config.blocks_per_stage,
+            "width": config.width,
+            "scan": config.scan_blocks,
+        }
+    return NETWORKS[config.network](
         num_classes=dataset.num_classes,
-        blocks_per_stage=config.blocks_per_stage,
-        width=config.width,
-        scan=config.scan_blocks,
         dtype=jnp.dtype(config.dtype),
+        **size,
         **make_normalization(config)._asdict(),
     )
 

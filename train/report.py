@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +104,12 @@ def table(runs: list[Run]) -> str:
                 _cell((spread(members, "seconds")[0], np.nan), lambda v: f"{v:.0f}"),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table, of which the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |"
         for row in rows

@@ -64,9 +64,13 @@ def max_pool(
     padding: str | Sequence[tuple[int, int]] = "VALID",
 ) -> Signal | jax.Array:
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
-    state starts afresh: the observed moments of the pooled map, ``[C]``."""
+    state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
+    where the state is one of each example, which must not see the others."""
     pooled = nn.max_pool(as_signal(x).value, window_shape, strides, padding)
-    return Signal(pooled, observe(pooled)) if isinstance(x, Signal) else pooled
+    if not isinstance(x, Signal):
+        return pooled
+    of_examples = x.state is not None and jnp.ndim(x.state.mean) > 1
+    return Signal(pooled, observe(pooled, "instance" if of_examples else "batch"))
 
 
 def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:

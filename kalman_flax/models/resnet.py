@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from kalman_flax.layers.functions import avg_pool, global_avg_pool, pad_channels, relu
-from kalman_flax.layers.kalman_norm import KalmanNorm
-from kalman_flax.layers.linear import RNG, Conv, Dense
+from kalman_flax.layers.functions import avg_pool, pad_channels, relu
+from kalman_flax.layers.linear import RNG
 from kalman_flax.layers.signal import Signal
-from kalman_flax.state import KalmanState
-
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+from kalman_flax.models.network import Network
 
 
 class Block(nn.Module):
@@ -60,38 +55,27 @@ class Block(nn.Module):
         return pad_channels(x, extra // 2, extra - extra // 2) if extra else x
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """The CIFAR ResNet of He et al. (2016, "Identity mappings"), as the released KN
     experiments build it: 3x3 stem, three stages of `blocks_per_stage` blocks with
     width, 2 width and 4 width channels, pooled and zero-padded shortcuts, final norm,
     activation and global pool.
 
+    Attributes are those of `Network`, and:
+
     Attributes:
         num_classes: number of logits.
         blocks_per_stage: n; the network has 6n + 2 layers.
         width: channels of the first stage.
-        norm: factory of the normaliser, e.g. ``functools.partial(KalmanNorm,
-            momentum=0.9)``; it gets ``use_running_average`` and ``name``.
-        conv: factory of the convolutions, `Conv` with options.
-        input_state: what the filter knows of the images where they come as a plain
-            array: (0, 1) for standardised ones, None for nothing.
-        activation: what follows each norm; the identity for a norm with a nonlinearity
-            of its own.
         scan: run the blocks of a stage that share a shape as one `nn.scan`: compiles
             faster for deep networks, but its gradient is some 50 times slower on CPU.
             Their variables then have a leading axis, under ``stage1_blocks`` and so on.
-        dtype: of the computation; parameters, statistics and logits stay float32.
     """
 
     num_classes: int
     blocks_per_stage: int = 3
     width: int = 16
-    norm: Callable[..., nn.Module] = KalmanNorm
-    conv: Callable[..., nn.Module] = Conv
-    input_state: KalmanState | None = KalmanState(0.0, 1.0)
-    activation: Callable[[Signal], Signal] = relu
     scan: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -103,20 +87,11 @@ class ResNet(nn.Module):
             images: a plain array, or a Signal that brings its own state.
             use_running_average: True for inference by moving statistics (option A).
         """
-        conv = functools.partial(
-            self.conv, use_bias=False, dtype=self.dtype, kernel_init=_he_normal
-        )
-        norm = functools.partial(
-            self.norm, use_running_average=use_running_average, dtype=self.dtype
-        )
-        block = functools.partial(
-            Block, norm=norm, conv=conv, activation=self.activation
-        )
-        if not isinstance(images, Signal):
-            images = Signal(images, self.input_state)
-
-        x = conv(self.width, (3, 3), name="stem")(images)
-        x = self.activation(norm(name="stem_norm")(x))
+        layers = self._layers(use_running_average)
+        norm, conv, activation = layers
+        block = functools.partial(Block, **layers._asdict())
+        x = conv(self.width, (3, 3), name="stem")(self._start(images))
+        x = activation(norm(name="stem_norm")(x))
         for stage in range(3):
             features = self.width * 2**stage
             x = block(
@@ -126,8 +101,7 @@ class ResNet(nn.Module):
                 name=f"stage{stage + 1}_block1",
             )(x)
             x = self._rest_of_stage(functools.partial(block, features), stage + 1, x)
-        x = global_avg_pool(self.activation(norm(name="final_norm")(x)))
-        return Dense(self.num_classes, name="head")(x).value.astype(jnp.float32)
+        return self._logits(activation(norm(name="final_norm")(x)))
 
     def _rest_of_stage(
         self, block: Callable[..., nn.Module], stage: int, x: Signal

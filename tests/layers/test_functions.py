@@ -63,6 +63,13 @@ def test_max_pool_observes_afresh(x):
     close(pooled.state, KalmanState(flat.mean(0), flat.var(0)))
 
 
+def test_max_pool_observes_each_example_where_each_has_a_state(x):
+    state = KalmanState(*(jnp.stack([stat, stat]) for stat in STATE))
+    pooled = kf.max_pool(x.replace(state=state), (2, 2))
+    flat = np.asarray(pooled.value, np.float64).reshape(2, -1, 3)
+    close(pooled.state, KalmanState(flat.mean(1), flat.var(1)))
+
+
 def test_global_avg_pool_ends_the_filter(x):
     pooled = kf.global_avg_pool(x)
     assert pooled.state is None

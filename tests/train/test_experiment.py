@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import base
-from kalman_flax import KalmanNorm
+from kalman_flax import NETWORKS, KalmanNorm
 from tests.train.common import tiny_config
 from train.data import Dataset, Split
 from train.experiment import build, make_network, make_optimizer, make_schedule
@@ -36,6 +36,24 @@ def test_every_config_makes_a_network(name):
         if path[-1].key == "kernel"
     ]
     assert len(kernels) == 6 * config.blocks_per_stage + 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_by_name(name):
+    network = make_network(tiny_config(network=name), CIFAR)
+    expected = NETWORKS[name](num_classes=10)
+    assert type(network) is type(expected)
+    sizes = "blocks_per_stage", "stage_sizes", "width"
+    if name == "cifar_resnet":  # its size is the config's
+        expected = expected.clone(blocks_per_stage=1, width=4)
+    assert [getattr(network, size, None) for size in sizes] == [
+        getattr(expected, size, None) for size in sizes
+    ]
+
+
+def test_unknown_network():
+    with pytest.raises(ValueError, match=r"resnet18.*inception_v2"):
+        make_network(tiny_config(network="resnet18"), CIFAR)
 
 
 def test_released_schedule():

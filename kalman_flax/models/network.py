@@ -1,0 +1,104 @@
+"""What all networks share: their arguments, how they start, and how they end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kalman_flax.layers.functions import global_avg_pool, relu
+from kalman_flax.layers.kalman_norm import KalmanNorm
+from kalman_flax.layers.linear import Conv, Dense
+from kalman_flax.layers.signal import Signal
+from kalman_flax.state import KalmanState
+
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Layers(NamedTuple):
+    """What a network is built of.
+
+    Attributes:
+        norm: factory of the normaliser; gets ``name``.
+        conv: factory of the convolutions.
+        activation: what follows each norm.
+    """
+
+    norm: Callable[..., nn.Module]
+    conv: Callable[..., nn.Module]
+    activation: Callable[[Signal], Signal]
+
+    def conv_norm(
+        self,
+        x: Signal,
+        features: int,
+        kernel_size: int,
+        *,
+        strides: int = 1,
+        name: str,
+        **norm_options: Any,
+    ) -> Signal:
+        """A convolution ``name`` and its norm ``name_norm``, without activation.
+
+        Pads by half the kernel on every side, as Caffe and PyTorch do: at stride 2,
+        ``"SAME"`` would look at other pixels.
+        """
+        conv = self.conv(
+            features,
+            (kernel_size,) * 2,
+            strides=strides,
+            padding=kernel_size // 2,
+            name=name,
+        )
+        return self.norm(name=f"{name}_norm", **norm_options)(conv(x))
+
+    def conv_norm_activation(self, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+        """The same, then the activation."""
+        return self.activation(self.conv_norm(x, *args, **kwargs))
+
+
+class Network(nn.Module, kw_only=True):
+    """Base of all networks: maps images to logits, with any normaliser.
+
+    Attributes:
+        norm: factory of the normaliser, e.g. ``functools.partial(KalmanNorm,
+            momentum=0.9)``; it gets ``use_running_average`` and ``name``.
+        conv: factory of the convolutions, `Conv` with options.
+        input_state: what the filter knows of the images where they come as a plain
+            array: (0, 1) for standardised ones, None for nothing.
+        activation: what follows each norm; the identity for a norm with a nonlinearity
+            of its own.
+        dtype: of the computation; parameters, statistics and logits stay float32.
+    """
+
+    norm: Callable[..., nn.Module] = KalmanNorm
+    conv: Callable[..., nn.Module] = Conv
+    input_state: KalmanState | None = KalmanState(0.0, 1.0)
+    activation: Callable[[Signal], Signal] = relu
+    dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def _layers(self, use_running_average: bool) -> Layers:
+        norm = functools.partial(
+            self.norm, use_running_average=use_running_average, dtype=self.dtype
+        )
+        conv = functools.partial(
+            self.conv, use_bias=False, dtype=self.dtype, kernel_init=_he_normal
+        )
+        return Layers(norm, conv, self.activation)
+
+    @nn.nowrap
+    def _start(self, images: Signal | jax.Array) -> Signal:
+        if isinstance(images, Signal):
+            return images
+        return Signal(images, self.input_state)
+
+    @nn.nowrap
+    def _logits(self, x: Signal) -> jax.Array:
+        """Global average pooling and a dense layer: ``[N, H, W, C]`` to float32."""
+        head = Dense(self.num_classes, name="head")
+        return head(global_avg_pool(x)).value.astype(jnp.float32)
