@@ -26,9 +26,10 @@ from benchmarks.hlo import count_fusions
 from configs import cifar10_short
 from train import cli
 from train import workdir as wd
-from train.data import Dataset, Split
+from train.data import Split
 from train.experiment import check, make_network, make_optimizer
 from train.mesh import make_mesh, take
+from train.sets import Dataset
 from train.step import TrainState, create_state, make_train_step
 
 VARIANTS = {

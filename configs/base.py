@@ -8,10 +8,18 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # Data
-    config.dataset = "digits"  # digits or cifar10
+    # digits, cifar10, cifar100, svhn_cropped (with its extra images), in memory; or
+    # imagenet2012, folder (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk
+    config.dataset = "digits"
     config.train_examples = 0  # use the first so many training images; 0: all
     config.standardize = "channel"  # channel: mean 0, std 1; pixel: (x - mean) / 128
+    # Images on disk: random crops of 8 to 100 % of the area, resized, to train; of the
+    # shorter side resized to 256/224 of this the centre, to test.
+    config.image_size = 224
+    config.data_workers = 0  # processes that decode them; 0: threads, one a core
+    # Images in memory:
     config.crop_padding = 0  # random crops after padding by so many pixels
+    # All images:
     config.flip = False  # random horizontal flips
 
     # Network

@@ -11,7 +11,10 @@ from absl import app, flags, logging
 from train import processes
 
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "TFDS directory (default: $TFDS_DATA_DIR, ~/tensorflow_datasets)."
+    "data_dir",
+    None,
+    "TFDS directory (default: $TFDS_DATA_DIR, ~/tensorflow_datasets), or of"
+    " --config.dataset=folder the one that holds train/ and val/.",
 )
 
 

@@ -1,10 +1,9 @@
-"""Data sets small enough to live on the device, as uint8; augmented inside jit."""
+"""Batches of uint8 images: their order, how they are standardised and augmented."""
 
 from __future__ import annotations
 
 import functools
-import os
-import pathlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,132 +12,108 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kalman_flax.state import check_choice
+
+#: of the red, green and blue pixels of ImageNet's training images, from 0 to 1
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
+IMAGENET_STD = np.array([0.229, 0.224, 0.225])
+
 
 class Split(NamedTuple):
-    """Images ``[N, H, W, C]`` uint8 and labels ``[N]`` int32."""
+    """Images ``[N, H, W, C]`` uint8 and labels ``[N]`` int32, in memory."""
 
     images: np.ndarray
     labels: np.ndarray
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of each image, ``[H, W, C]``."""
+        return self.images.shape[1:]
 
     def take(self, examples: int) -> Split:
         """Returns the first so many examples; all of them for 0."""
         return Split(*(a[: examples or None] for a in self))
 
-
-class Dataset(NamedTuple):
-    """A training and a test split."""
-
-    train: Split
-    test: Split
-    num_classes: int
+    def read(self, index: np.ndarray) -> Split:
+        """Returns the examples `index`."""
+        return Split(*(a[index] for a in self))
 
 
-def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
-    """Loads a data set by name.
-
-    Args:
-        name: ``"digits"`` or ``"cifar10"``.
-        data_dir: TFDS directory; by default the environment's TFDS_DATA_DIR.
-
-    Raises:
-        ValueError: unknown name.
-        FileNotFoundError: the data is not there; the message says how to prepare it.
-    """
-    if name == "digits":
-        return _digits()
-    if name == "cifar10":
-        data_dir = (
-            data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        )
-        return _cifar10(os.path.expanduser(data_dir))
-    raise ValueError(f"unknown data set {name!r}; known are digits, cifar10.")
-
-
-@functools.cache
-def _digits() -> Dataset:
-    """UCI digits from scikit-learn, 8 x 8: the first 1,500 to train, 297 to test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = digits.images[..., None].astype(np.uint8)
-    labels = digits.target.astype(np.int32)
-    train, test = slice(1500), slice(1500, None)
-    return Dataset(
-        Split(images[train], labels[train]), Split(images[test], labels[test]), 10
-    )
-
-
-@functools.cache
-def _cifar10(data_dir: str) -> Dataset:
-    """CIFAR-10 through TFDS' random-access reader, which needs no TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    folder = pathlib.Path(data_dir) / "cifar10"
-    # Asked for data that is not there, TFDS would start to download it.
-    if not list(folder.glob("*/dataset_info.json")):
-        raise FileNotFoundError(
-            f"no CIFAR-10 in {folder}. Prepare it once, in an environment that has"
-            " tensorflow and tensorflow-datasets, with\n"
-            "    tfds build cifar10 --file_format=array_record --data_dir=DIR\n"
-            "(170 MB to download) and pass --data_dir=DIR or set TFDS_DATA_DIR=DIR."
-        )
-
-    def read(split: str) -> Split:
-        source = tfds.data_source("cifar10", split=split, data_dir=data_dir)
-        examples = [source[i] for i in range(len(source))]
-        return Split(
-            np.stack([e["image"] for e in examples]),
-            np.array([e["label"] for e in examples], np.int32),
-        )
-
-    return Dataset(read("train"), read("test"), 10)
-
-
-@functools.lru_cache(maxsize=1)
+# Two, as those who read ahead go back and forth across the end of an epoch.
+@functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     """Returns the order in which an epoch visits the training examples, ``[N]``."""
     return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
 
 
 def make_batches(
-    labels: np.ndarray, batch_size: int, seed: int, sort: bool = False
+    examples: int, batch_size: int, seed: int, sort_by: np.ndarray | None = None
 ) -> Callable[[int], np.ndarray]:
     """Returns a map from the step to the examples of its batch, ``[batch_size]``.
 
     Args:
-        labels: ``[N]``.
+        examples: their number, N.
         batch_size: examples a batch; what is left of an epoch is dropped.
         seed: of the order.
-        sort: sort every batch by class, so that a micro-batch of it is of one class.
+        sort_by: labels ``[N]`` to sort every batch by, so that a micro-batch of it is
+            of one class.
     """
-    steps_per_epoch = len(labels) // batch_size
+    steps_per_epoch = examples // batch_size
 
     def batch(step: int) -> np.ndarray:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * batch_size
-        index = epoch_order(seed, epoch, len(labels))[start : start + batch_size]
-        return index[np.argsort(labels[index], kind="stable")] if sort else index
+        index = epoch_order(seed, epoch, examples)[start : start + batch_size]
+        if sort_by is None:
+            return index
+        return index[np.argsort(sort_by[index], kind="stable")]
 
     return batch
 
 
-def make_standardize(kind: str, images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+def make_standardize(
+    kind: str, images: np.ndarray | None
+) -> Callable[[jax.Array], jax.Array]:
     """Returns a map from uint8 to float32 images, fitted to the training `images`.
 
     Args:
         kind: ``"channel"``: mean 0 and standard deviation 1 per channel; ``"pixel"``:
             minus the mean image, over 128, as the released experiments do.
-        images: ``[N, H, W, C]`` uint8.
+        images: ``[N, H, W, C]`` uint8; None if they are not in memory, which stands for
+            the usual moments of ImageNet.
     """
-    if kind == "channel":
-        mean = images.mean(axis=(0, 1, 2), dtype=np.float64)
-        scale = images.std(axis=(0, 1, 2), dtype=np.float64)
+    check_choice("standardize", kind, ("channel", "pixel"))
+    if images is None:
+        if kind == "pixel":
+            raise ValueError(
+                "standardize is 'pixel', but the images are not in memory, to take"
+                " their mean of; expected channel."
+            )
+        mean, scale = 255 * IMAGENET_MEAN, 255 * IMAGENET_STD
     elif kind == "pixel":
         mean, scale = images.mean(axis=0, dtype=np.float64), 128.0
     else:
-        raise ValueError(f"standardize is {kind!r}; expected channel or pixel.")
+        mean = images.mean(axis=(0, 1, 2), dtype=np.float64)
+        scale = np.sqrt(_mean_square(images) - mean**2)
     mean, scale = np.float32(mean), np.float32(scale)
     return lambda x: (x.astype(jnp.float32) - mean) / scale
+
+
+def _mean_square(images: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    """Mean square of each channel, ``[C]``; `np.std` would hold all images in float64.
+
+    A sum of integers, in which nothing is lost.
+    """
+    total = sum(
+        np.square(images[i : i + chunk], dtype=np.uint32).sum(axis=(0, 1, 2))
+        for i in range(0, len(images), chunk)
+    )
+    return total / math.prod(images.shape[:3])
 
 
 class Crops(NamedTuple):

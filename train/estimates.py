@@ -91,7 +91,7 @@ def _states(
     experiment: Experiment, config: ConfigDict, size: int, images: int
 ) -> Iterator[dict[str, Layers]]:
     """Yields what the normalisers report of one batch after the other, ``[R, C]``."""
-    count = len(experiment.train.labels)
+    count = experiment.train.examples
     count = min(images or count, count)
     step = min(BATCH, count) // size * size
     if not step:
@@ -117,7 +117,7 @@ def _states(
     order = np.random.default_rng(config.seed).permutation(count)
     for start in range(0, count - step + 1, step):
         index = order[start : start + step]
-        found = run(experiment.train.images[index], index[0])
+        found = run(experiment.train.read(index).images, index[0])
         flat = traverse_util.flatten_dict(jax.device_get(found))
         seen: dict[str, Layers] = {}
         for (*path, kind), state in flat.items():

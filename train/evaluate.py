@@ -61,7 +61,7 @@ def main() -> None:
         how = ", best on training images" if weight == AUTO else ""
         show(result, "weighed", f"{name}, image's own at weight {chosen:g}{how}")
 
-    print(f"step {int(state.step)}, {len(experiment.test.labels)} test images")
+    print(f"step {int(state.step)}, {experiment.test.examples} test images")
     print("accuracy     loss  normalised by")
     result = experiment.evaluate(state, experiment.test)
     name = "A, moving statistics"

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -17,23 +18,26 @@ from jax.sharding import Mesh
 from kalman_flax import NETWORKS, NORMALIZERS, Normalization, normalization
 from kalman_flax.state import check_choice
 from train.controls import CONTROLS
-from train.data import Dataset, Split, load_dataset, make_batches, make_standardize
+from train.data import Split, make_batches, make_standardize
+from train.encoded import Encoded
+from train.feed import Feed
 from train.mesh import DEVICES, make_mesh, take
 from train.score import make_evaluate
+from train.sets import Dataset, load_dataset
 from train.step import Metrics, TrainState, create_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run, with `train` and `test` on the host.
+    """The parts of a run, with `train` and `test` on the host or on its disk.
 
     Attributes:
         batch: from the step to its examples, split over the devices of `mesh`.
     """
 
     mesh: Mesh
-    train: Split
-    test: Split
+    train: Split | Encoded
+    test: Split | Encoded
     network: nn.Module
     standardize: Callable[[jax.Array], jax.Array]
     state: TrainState
@@ -54,7 +58,7 @@ def build(
 
     Args:
         config: as in `configs/base.py`.
-        data_dir: TFDS directory, see `load_dataset`.
+        data_dir: see `load_dataset`.
         devices: those to train on; by default all, see `make_mesh`.
 
     Raises:
@@ -62,32 +66,28 @@ def build(
         FileNotFoundError: the data set is not there.
     """
     mesh = make_mesh(check(config), devices)
-    dataset = load_dataset(config.dataset, data_dir)
+    dataset = load_dataset(config.dataset, data_dir, config.image_size)
     train = dataset.train.take(config.train_examples)
-    steps_per_epoch = len(train.labels) // config.batch_size
+    steps_per_epoch = train.examples // config.batch_size
     if not steps_per_epoch:
         raise ValueError(
-            f"batch_size {config.batch_size} is larger than the {len(train.labels)}"
+            f"batch_size {config.batch_size} is larger than the {train.examples}"
             " training examples."
         )
     total_steps = config.epochs * steps_per_epoch
     schedule = make_schedule(config, steps_per_epoch)
     optimizer = make_optimizer(config, schedule)
-    standardize = make_standardize(config.standardize, train.images)
+    images = train.images if isinstance(train, Split) else None
+    standardize = make_standardize(config.standardize, images)
     network = make_network(config, dataset)
-    index = make_batches(
-        train.labels, config.batch_size, config.seed, config.sort_batches
-    )
     return Experiment(
         mesh=mesh,
         train=train,
         test=dataset.test,
         network=network,
         standardize=standardize,
-        state=create_state(
-            network, optimizer, config.seed, train.images.shape[1:], mesh
-        ),
-        batch=lambda step: take(mesh, train, index(step)),
+        state=create_state(network, optimizer, config.seed, train.image_shape, mesh),
+        batch=make_batch(config, mesh, train),
         train_step=make_train_step(network, optimizer, standardize, config, mesh),
         evaluate=make_evaluate(network, standardize, config, mesh),
         schedule=schedule,
@@ -115,6 +115,29 @@ def check(config: Any) -> int:
         )
     make_normalization(config)
     return config.batch_size // part
+
+
+def make_batch(
+    config: Any, mesh: Mesh, train: Split | Encoded
+) -> Callable[[int], Split]:
+    """Returns a map from the step to its examples, split over the devices of `mesh`."""
+    size, seed = config.batch_size, config.seed
+    if isinstance(train, Split):
+        labels = train.labels if config.sort_batches else None
+        index = make_batches(train.examples, size, seed, labels)
+        return lambda step: take(mesh, train, index(step))
+    if config.sort_batches:
+        raise ValueError(
+            f"sort_batches needs all labels in memory; those of {config.dataset} are"
+            " not."
+        )
+    index = make_batches(train.examples, size, seed)
+    steps_per_epoch = train.examples // size
+
+    def read(step: int, rows: np.ndarray) -> Split:
+        return train.read(index(step)[rows], key=(seed, step // steps_per_epoch))
+
+    return Feed(mesh, size, read, config.data_workers)
 
 
 def make_normalization(config: Any) -> Normalization:

@@ -40,7 +40,7 @@ def parse_weight(text: str | None) -> float | str | None:
 def choose_weight(experiment: Experiment, state: TrainState) -> float:
     """Returns which of `WEIGHTS` has the smallest loss on training images, as they are,
     of which it takes as many as there are test images."""
-    split = experiment.train.take(len(experiment.test.labels))
+    split = experiment.train.take(experiment.test.examples)
 
     def loss(weight: float) -> float:
         return experiment.evaluate(state, split, weight)["weighed_loss"]

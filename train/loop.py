@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from train import processes
 from train import workdir as wd
+from train.data import Split
 from train.diagnose import find_bad_number
 from train.experiment import Experiment, build
+from train.feed import Ahead
 from train.profile import profiler
 
 
@@ -35,7 +37,7 @@ def train(
         config: as in `configs/base.py`.
         workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the
             end, summary.json.
-        data_dir: TFDS directory, see `train.data.load_dataset`.
+        data_dir: see `train.sets.load_dataset`.
 
     Returns:
         The summary. A finished run is not run again: its summary is read.
@@ -99,15 +101,16 @@ class _Run:
             processes.stop_requests() as stop_asked,
             profiler(config.profile_steps, folder) as profile,
             self._progress(start) as bar,
+            Ahead(experiment.batch, range(start, total)) as batches,
         ):
             for step in range(start, total):
                 profile(step, state)
-                state = self._update(step, state)
+                state = self._update(step, state, batches.next(self.pending[-1:]))
                 bar.update(config.batch_size)
                 done = step + 1
                 last, stop = done == total, stop_asked(done)
                 if last or done % config.log_steps == 0:
-                    self._report(done, bar)
+                    self._report(done, bar, batches.waited())
                 if last or stop or done % checkpoint_steps == 0:
                     self._look(done)
                     wd.save(self.checkpoints, done, state)
@@ -136,9 +139,8 @@ class _Run:
             disable=not processes.primary(),
         )
 
-    def _update(self, step: int, state: Any) -> Any:
+    def _update(self, step: int, state: Any, batch: Split) -> Any:
         """One update; its metrics wait for the next look."""
-        batch = self.experiment.batch(step)
         before = jax.tree.map(jnp.copy, state) if self.config.debug_nans else None
         state, metrics = self.experiment.train_step(state, batch)
         self.pending.append(metrics)
@@ -175,7 +177,7 @@ class _Run:
                 )
         return seen
 
-    def _report(self, done: int, bar: tqdm) -> None:
+    def _report(self, done: int, bar: tqdm, data_wait: float) -> None:
         """Logs means over the updates since the last look; a checkpoint is a look too,
         so that a run resumed from it logs the same."""
         seen = self._look(done)
@@ -193,6 +195,7 @@ class _Run:
             self.seconds,
             learning_rate=float(self.experiment.schedule(done - 1)),
             images_per_second=bar.format_dict["rate"] or 0.0,
+            data_wait=data_wait,
             memory_bytes=memory,
             **{f"train_{name}": value for name, value in means.items()},
         )
@@ -223,8 +226,8 @@ def _summary(
         **{f"test_{name}": value for name, value in run.final.items()},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": int(state.step),
-        "train_images": len(experiment.train.labels),
-        "test_images": len(experiment.test.labels),
+        "train_images": experiment.train.examples,
+        "test_images": experiment.test.examples,
         "seconds": round(run.seconds, 1),
         **wd.provenance(),
     }

@@ -44,6 +44,15 @@ def same(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, SAME)
 
 
+def local_rows(mesh: Mesh, examples: int) -> np.ndarray:
+    """Returns which rows of a batch lie on devices of this process, ``[N]`` bool."""
+    mine = np.zeros(examples, bool)
+    places = NamedSharding(mesh, SPLIT).addressable_devices_indices_map((examples,))
+    for at in places.values():
+        mine[at] = True
+    return mine
+
+
 def take(mesh: Mesh, arrays: Tree, index: np.ndarray) -> Tree:
     """Returns the rows `index` of host arrays, split over the devices in this order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 from kalman_flax.baselines.example_weighing import weigh_example
 from kalman_flax.layers.linear import RNG
 from train.data import Split
+from train.encoded import Encoded
+from train.feed import Feed
 from train.mesh import DEVICES, SAME, SPLIT, take
 from train.step import Metrics, TrainState, apply_replicas
 
@@ -87,14 +90,25 @@ def make_evaluate(
         return over_devices(state, batch, counts, keys, example_weight)
 
     def evaluate(
-        state: TrainState, split: Split, example_weight: float | None = None
+        state: TrainState, split: Split | Encoded, example_weight: float | None = None
     ) -> dict[str, float]:
-        examples = len(split.labels)
+        examples = split.examples
+
+        def index(number: int) -> np.ndarray:
+            return number * size + np.arange(size)
+
+        def in_memory(number: int) -> Split:
+            return take(mesh, split, index(number) % examples)
+
+        def read(number: int, rows: np.ndarray) -> Split:
+            return split.read(index(number)[rows] % examples)
+
+        on_disk = Feed(mesh, size, read, config.data_workers)
+        batch = in_memory if isinstance(split, Split) else on_disk
         totals: dict[str, float] = {}
-        for start in range(0, examples, size):
-            index = np.arange(start, start + size)
-            batch = take(mesh, split, index % examples)
-            found = sums(state, batch, index < examples, start, example_weight)
+        for number in range(math.ceil(examples / size)):
+            counts = index(number) < examples
+            found = sums(state, batch(number), counts, number * size, example_weight)
             for name, value in jax.device_get(found).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return {name: total / examples for name, total in totals.items()}

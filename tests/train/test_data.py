@@ -12,10 +12,10 @@ from train.data import (
     augment,
     draw_crops,
     epoch_order,
-    load_dataset,
     make_batches,
     make_standardize,
 )
+from train.sets import load_dataset
 
 CIFAR_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -61,7 +61,9 @@ def test_missing_data_says_how_to_prepare_it(tmp_path, monkeypatch):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="'mnist'; known are digits, cifar10"):
+    with pytest.raises(
+        ValueError, match=r"'mnist'; expected one of \['digits', 'cifar10'"
+    ):
         load_dataset("mnist")
 
 
@@ -70,6 +72,11 @@ def test_standardize():
     x = np.asarray(make_standardize("channel", images)(jax.device_put(images)))
     np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=1e-5)
+    x = np.asarray(make_standardize("channel", None)(images))
+    expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="not in memory"):
+        make_standardize("pixel", None)
     x = np.asarray(make_standardize("pixel", images)(jax.device_put(images)))
     np.testing.assert_allclose(x, (images - images.mean(0)) / 128, atol=1e-5)
 
@@ -106,7 +113,8 @@ def test_augment_crops_and_mirrors():
 @pytest.mark.parametrize("sort", [False, True])
 def test_batches_visit_every_example_once_an_epoch(sort):
     labels = np.random.default_rng(0).integers(0, 5, 64).astype(np.int32)
-    batch = make_batches(labels, batch_size=16, seed=3, sort=sort)
+    sort_by = labels if sort else None
+    batch = make_batches(64, batch_size=16, seed=3, sort_by=sort_by)
     epochs = [np.concatenate([batch(4 * e + s) for s in range(4)]) for e in range(2)]
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(64))

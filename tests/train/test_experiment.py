@@ -11,8 +11,9 @@ import pytest
 from configs import base
 from kalman_flax import NETWORKS, KalmanNorm
 from tests.train.common import tiny_config
-from train.data import Dataset, Split
+from train.data import Split
 from train.experiment import build, make_network, make_optimizer, make_schedule
+from train.sets import Dataset
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[!_]*.py"))
 CIFAR = Dataset(*[Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, int))] * 2, 10)

@@ -59,7 +59,7 @@ def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
     )
     for key in ("test_moving_accuracy", "test_batch_loss", "final_train_loss", "steps"):
         assert resumed[key] == summary[key]
-    timing = {"seconds", "images_per_second", "memory_bytes"}
+    timing = {"seconds", "images_per_second", "data_wait", "memory_bytes"}
     logs = [
         [{k: v for k, v in line.items() if k not in timing} for line in log]
         for log in map(wd.read_metrics, (straight, tmp_path))

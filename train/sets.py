@@ -1,0 +1,221 @@
+"""The data sets by name: TFDS' own, folders of images, and the embedded digits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kalman_flax.state import check_choice
+from train.data import Split
+from train.encoded import Encoded
+
+
+class Dataset(NamedTuple):
+    """A training and a test split: in memory, or too large for that."""
+
+    train: Split | Encoded
+    test: Split | Encoded
+    num_classes: int
+
+
+class _Known(NamedTuple):
+    """A data set of TFDS: the splits we use, and how to come by it."""
+
+    train: str
+    test: str
+    num_classes: int
+    size: str
+    in_memory: bool = True
+
+
+_TFDS = {
+    "cifar10": _Known("train", "test", 10, "170 MB to download"),
+    "cifar100": _Known("train", "test", 100, "169 MB to download"),
+    "svhn_cropped": _Known("train+extra", "test", 10, "1.6 GB to download"),
+    "imagenet2012": _Known(
+        "train",
+        "validation",
+        1000,
+        "155 GB, and as much again while it works. First download"
+        " ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from"
+        " https://image-net.org/download-images, where you must register, into"
+        " DIR/downloads/manual",
+        in_memory=False,
+    ),
+}
+DATASETS = ("digits", *_TFDS, "folder")
+
+_TEST_FOLDERS = ("val", "validation", "test")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def load_dataset(
+    name: str, data_dir: str | None = None, image_size: int = 224
+) -> Dataset:
+    """Loads a data set by name.
+
+    Args:
+        name: one of `DATASETS`. ``"folder"`` is any set of images in
+            ``DIR/train/CLASS/`` and ``DIR/val/CLASS/``.
+        data_dir: that DIR, or the TFDS directory; by default, but not for ``"folder"``,
+            the environment's TFDS_DATA_DIR.
+        image_size: height and width of the images of ``"imagenet2012"`` and
+            ``"folder"``, which stay on disk; other sets come as they are.
+
+    Raises:
+        ValueError: unknown name, or data of another form than expected.
+        FileNotFoundError: the data is not there; the message says how to prepare it.
+    """
+    check_choice("dataset", name, DATASETS)
+    if name == "digits":
+        return _digits()
+    if name == "folder":
+        if data_dir is None:
+            raise ValueError(
+                "dataset is 'folder'; pass --data_dir=DIR, with images in"
+                " DIR/train/CLASS/ and DIR/val/CLASS/."
+            )
+        return _folder(pathlib.Path(data_dir).expanduser(), image_size)
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    data_dir = os.path.expanduser(data_dir)
+    if _TFDS[name].in_memory:
+        return _read(name, data_dir)
+    known = _TFDS[name]
+    train, test = (_Records(name, split, data_dir) for split in known[:2])
+    return Dataset(
+        Encoded(train, image_size, len(train)),
+        Encoded(test, image_size, len(test)),
+        known.num_classes,
+    )
+
+
+@functools.cache
+def _digits() -> Dataset:
+    """UCI digits from scikit-learn, 8 x 8: the first 1,500 to train, 297 to test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images[..., None].astype(np.uint8)
+    labels = digits.target.astype(np.int32)
+    train, test = slice(1500), slice(1500, None)
+    return Dataset(
+        Split(images[train], labels[train]), Split(images[test], labels[test]), 10
+    )
+
+
+@functools.cache
+def _read(name: str, data_dir: str) -> Dataset:
+    """Reads a whole set of TFDS into memory."""
+
+    def read(split: str) -> Split:
+        source = _open(name, split, data_dir)
+        shape = source.dataset_info.features["image"].shape
+        images = np.empty((len(source), *shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        for i in range(len(source)):
+            example = source[i]
+            images[i], labels[i] = example["image"], example["label"]
+        return Split(images, labels)
+
+    known = _TFDS[name]
+    return Dataset(read(known.train), read(known.test), known.num_classes)
+
+
+def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
+    """Opens TFDS' random-access reader, which needs no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    folder = pathlib.Path(data_dir) / name
+    command = (
+        "in an environment that has tensorflow and tensorflow-datasets, with\n"
+        f"    tfds build {name} --file_format=array_record --data_dir=DIR\n"
+        f"({_TFDS[name].size}) and pass --data_dir=DIR or set TFDS_DATA_DIR=DIR."
+    )
+    # Asked for data that is not there, TFDS would start to download it.
+    if not list(folder.glob("*/dataset_info.json")):
+        raise FileNotFoundError(f"no {name} in {folder}. Prepare it once, {command}")
+    try:
+        return tfds.data_source(name, split=split, data_dir=data_dir, **options)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the files of {name} in {folder} are not array_record, which alone can be"
+            f" read in any order. Prepare it again, {command}"
+        ) from error
+
+
+class _Records(Sequence):
+    """The encoded images and labels of a split of TFDS, and their names."""
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        import tensorflow_datasets as tfds
+
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self._source = _open(name, split, data_dir, decoders=skip)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
+        found = self._source[example]
+        return found["image"], found["label"], found["file_name"].decode()
+
+
+def _folder(root: pathlib.Path, image_size: int) -> Dataset:
+    """Images in folders by class; the classes are numbered by name."""
+    train = root / "train"
+    test = next((root / n for n in _TEST_FOLDERS if (root / n).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise FileNotFoundError(
+            f"expected the folders train and {', '.join(_TEST_FOLDERS[:-1])} or"
+            f" {_TEST_FOLDERS[-1]} in {root}, with images in train/CLASS/."
+        )
+    classes = _class_folders(train)
+    if new := sorted(set(_class_folders(test)) - set(classes)):
+        raise ValueError(
+            f"classes in {test} that are not in {train}: {', '.join(new)}."
+        )
+    found = [_Files(split, classes) for split in (train, test)]
+    return Dataset(*(Encoded(f, image_size, len(f)) for f in found), len(classes))
+
+
+def _class_folders(split: pathlib.Path) -> list[str]:
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
+    if not classes:
+        raise FileNotFoundError(
+            f"no folders in {split}; expected one for each class, with its images."
+        )
+    return classes
+
+
+class _Files(Sequence):
+    """The image files in the class folders of a split, their labels and names."""
+
+    def __init__(self, split: pathlib.Path, classes: list[str]):
+        files = [
+            (f"{split}/{name}/{file}", label)
+            for label, name in enumerate(classes)
+            if (split / name).is_dir()
+            for file in sorted(os.listdir(split / name))
+            if file.lower().endswith(_SUFFIXES)
+        ]
+        if not files:
+            raise FileNotFoundError(
+                f"no images in the folders of {split}; expected names that end in"
+                f" {', '.join(_SUFFIXES)}."
+            )
+        # The first so many examples, and micro-batches of the test split, are to be of
+        # all classes, as in sets of TFDS.
+        order = np.random.default_rng(0).permutation(len(files))
+        self._files = [files[i] for i in order]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
+        name, label = self._files[example]
+        return pathlib.Path(name).read_bytes(), label, name
