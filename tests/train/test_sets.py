@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -55,7 +54,7 @@ def test_sets_in_memory_hold_what_was_prepared(data_dir, name):
     train = ["train", "extra"] if name == "svhn_cropped" else ["train"]
     for split, names in ((data.train, train), (data.test, ["test"])):
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
-        found = {i.tobytes(): l for i, l in zip(split.images, split.labels.tolist())}
+        found = dict(zip(map(bytes, split.images), split.labels.tolist()))
         assert found == expected(name, names)
 
 
@@ -80,7 +79,9 @@ def test_every_set_trains(data_dir, tmp_path, name):
         dataset=name,
         image_size=32,
         train_examples=0,
+        norm="batch",
         batch_size=16,
+        micro_batch_size=8 if name == "imagenet2012" else 16,
         crop_padding=0 if name in ("imagenet2012", "folder") else 4,
         flip=True,
         epochs=2,
@@ -98,7 +99,9 @@ def test_every_set_trains(data_dir, tmp_path, name):
     assert len(waits) == 3 and all(0 <= wait <= 1 for wait in waits)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn_cropped", "imagenet2012"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar100", "svhn_cropped", "imagenet2012"]
+)
 def test_missing_data_says_how_to_prepare_it(tmp_path, monkeypatch, name):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     message = rf"tfds build {name} --file_format=array_record --data_dir=DIR\n\(.*[MG]B"
@@ -113,7 +116,7 @@ def test_another_file_format_is_refused(tmp_path):
     prepare("cifar10", tmp_path)
     [info] = tmp_path.glob("cifar10/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match="not array_record.*\n *tfds build cifar10"):
+    with pytest.raises(ValueError, match=r"not array_record.*\n *tfds build cifar10"):
         load_dataset("cifar10", str(tmp_path))
 
 
@@ -158,10 +161,3 @@ def test_what_needs_images_in_memory(data_dir, key, value, match):
     config.train_examples = 0
     with pytest.raises(ValueError, match=match):
         build(config, str(data_dir), jax.devices()[:1])
-
-
-def test_only_the_sets_that_stay_on_disk_are_read_late(data_dir):
-    """Opening ImageNet reads no image: 1.3 million of them would take minutes."""
-    data = load("imagenet2012", data_dir)
-    [file, *_] = pathlib.Path(data_dir).glob("imagenet2012/*/*train*")
-    assert data.train.image_shape == (224, 224, 3) and file.exists()
