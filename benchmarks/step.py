@@ -60,34 +60,33 @@ class Program(NamedTuple):
     facts: dict[str, float]
 
 
-def configure(variant: str, micro_batch_size: int, dtype: str) -> ConfigDict:
+def configure(variant: str, **keys: Any) -> ConfigDict:
     """Returns the config of one program."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known are {list(VARIANTS)}.")
     config = cifar10_short.get_config()
-    config.update(
-        blocks_per_stage=_BLOCKS.value,
-        batch_size=_BATCH_SIZE.value,
-        micro_batch_size=micro_batch_size,
-        dtype=dtype,
-    )
+    config.update(keys)
     config.update(VARIANTS[variant])
     check(config)
     return config
 
 
-def compile_program(config: ConfigDict) -> Program:
-    """Compiles the step and the inference of `config` for random images."""
-    shape = (_SIZE.value, _SIZE.value, 3)
+def prepare(config: ConfigDict, size: int) -> tuple[Any, Any, TrainState, Split]:
+    """Returns network, train step, state and a batch of random images of that size."""
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (config.batch_size, *shape), np.uint8)
+    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
     split = Split(images, random.integers(0, 10, config.batch_size, np.int32))
     network = make_network(config, Dataset(split, split, 10))
     optimizer = make_optimizer(config, lambda step: config.learning_rate)
     mesh = make_mesh(config.batch_size // config.micro_batch_size)
-    state = create_state(network, optimizer, 0, shape, mesh)
-    batch = take(mesh, split, np.arange(config.batch_size))
+    state = create_state(network, optimizer, 0, images.shape[1:], mesh)
     step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    return network, step, state, take(mesh, split, np.arange(config.batch_size))
+
+
+def compile_program(config: ConfigDict) -> Program:
+    """Compiles the step and the inference of `config` for random images."""
+    network, step, state, batch = prepare(config, _SIZE.value)
     lowered = step.lower(state, batch)
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -141,10 +140,13 @@ def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, fl
 
 def compare(micro_batch_size: int, dtype: str) -> list[dict[str, Any]]:
     """Measures all variants at one micro-batch size; a row for each."""
-    made = {
-        variant: compile_program(configure(variant, micro_batch_size, dtype))
-        for variant in _VARIANTS.value
-    }
+    keys = dict(
+        blocks_per_stage=_BLOCKS.value,
+        batch_size=_BATCH_SIZE.value,
+        micro_batch_size=micro_batch_size,
+        dtype=dtype,
+    )
+    made = {v: compile_program(configure(v, **keys)) for v in _VARIANTS.value}
     steps = {variant: program.train for variant, program in made.items()}
     if _TORCH.value:
         shape = (_BATCH_SIZE.value, 3, _SIZE.value, _SIZE.value)

@@ -1,0 +1,39 @@
+"""What the benchmarks read from programs, and what the filter may cost."""
+
+import pytest
+
+from benchmarks import step
+from benchmarks.hlo import Collective, collectives, count_fusions
+
+HLO = """
+  %all-reduce = (f32[16,10]{1,0}, f32[4]{0}, /*index=2*/bf16[2]{0}) all-reduce(%a, %b)
+  %gathered = s8[3]{0} all-gather-start(%d), dimensions={0}
+  ROOT %fusion.1 = f32[]{} fusion(%all-reduce), kind=kLoop
+  %conv = f32[2,8,8,4]{3,2,1,0} convolution(%x, %w), dim_labels=b01f_01io->b01f
+  %add = f32[4]{0} add(%fusion.1, %convolution)
+"""
+
+
+def test_collectives_and_kernels_of_a_program():
+    assert collectives(HLO) == [
+        Collective("all-reduce", 4 * (160 + 4) + 2 * 2),
+        Collective("all-gather", 3),
+    ]
+    assert count_fusions(HLO) == 2
+
+
+def flops(variant, micro_batch_size):
+    config = step.configure(
+        variant, blocks_per_stage=3, batch_size=128, micro_batch_size=micro_batch_size
+    )
+    _, train_step, state, batch = step.prepare(config, size=32)
+    return train_step.lower(state, batch).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 128])
+def test_the_filter_adds_next_to_no_operations(micro_batch_size):
+    """To ResNet-20, as it is before XLA; the Monte Carlo transition does add."""
+    batch, kalman = (flops(norm, micro_batch_size) for norm in ("batch", "kalman"))
+    assert kalman < 1.01 * batch
+    if micro_batch_size == 2:
+        assert flops("kalman_mc", micro_batch_size) > 1.1 * batch
