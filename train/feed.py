@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 
 from train.data import Split
@@ -85,6 +86,8 @@ def read_ahead(
         .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
     )
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain has some, and hands them on
+            flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
     return iter(pieces.batch(parts, batch_fn=_join))
 

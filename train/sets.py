@@ -41,10 +41,9 @@ _TFDS = {
         "train",
         "validation",
         1000,
-        "155 GB, and as much again while it works. First download"
-        " ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from"
-        " https://image-net.org/download-images, where you must register, into"
-        " DIR/downloads/manual",
+        "155 GB to download first, by hand: ILSVRC2012_img_train.tar and"
+        " ILSVRC2012_img_val.tar from https://image-net.org/download-images, where you"
+        " must register, into DIR/downloads/manual; and as much again for the result",
         in_memory=False,
     ),
 }

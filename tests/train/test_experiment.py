@@ -36,7 +36,8 @@ def test_every_config_makes_a_network(name):
         for path, _ in jax.tree_util.tree_leaves_with_path(shapes["params"])
         if path[-1].key == "kernel"
     ]
-    assert len(kernels) == 6 * config.blocks_per_stage + 2
+    sizes = {"cifar_resnet": 6 * config.blocks_per_stage + 2, "resnet50": 54}
+    assert len(kernels) == sizes[config.network]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -104,7 +105,7 @@ def test_options_reach_the_normaliser():
         (dict(norm_options="[1]"), "expected an object"),
         (dict(micro_batch_size=0), "micro_batch_size 0 does not divide"),
         (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
-        (dict(dataset="digit"), "unknown data set 'digit'; known are digits"),
+        (dict(dataset="digit"), r"dataset is 'digit'; expected one of \['digits"),
         (dict(dtype="float64"), "dtype is 'float64'"),
         (dict(schedule="linear"), "schedule is 'linear'"),
         (dict(standardize="none"), "standardize is 'none'"),

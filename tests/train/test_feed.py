@@ -5,7 +5,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from tests.train.common import tiny_config
 from tests.train.tfds_data import picture
@@ -55,8 +54,6 @@ def test_going_on_in_the_middle_on_other_devices(split, straight):
 
 
 def test_processes_that_decode_change_nothing(split, straight):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain hands them on to its processes
     config = CONFIG.copy_and_resolve_references()
     config.data_workers = 2
     batch = make_batch(config, make_mesh(2), split)
