@@ -3,7 +3,7 @@
     python -m train --config=configs/imagenet.py --workdir=runs/imagenet --data_dir=DIR
 
 For its Table 4 add --config.micro_batch_size=4. The paper leaves out the schedule: ours
-is that of He et al., "Deep residual learning", 2015, the usual 90 epochs of it.
+is that of Goyal et al., "Accurate, large minibatch SGD", 2017, at 256 images an update.
 
 450,000 updates, for GPUs; not yet run.
 """

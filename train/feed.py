@@ -22,6 +22,8 @@ from train.mesh import local_rows, take
 
 #: images, at most, that a thread or a process reads at a time
 PIECE = 32
+#: beyond, threads would only wait for each other to run Python
+MOST_THREADS = 32
 
 #: from the step and some rows of its batch to these, on the host
 Read = Callable[[int, np.ndarray], Split]
@@ -68,7 +70,7 @@ def read_ahead(
         rows: which, ``[n]``.
         step: the first.
         workers: processes that read; 0: as many threads of this one as the machine has
-            cores. Neither changes a batch.
+            cores, up to `MOST_THREADS`. Neither changes a batch.
     """
     import grain  # half a second, which only those pay who need it
 
@@ -79,7 +81,7 @@ def read_ahead(
         step, part = divmod(number, parts)
         return read(step, rows[part * size : (part + 1) * size])
 
-    threads = 1 if workers else os.cpu_count() or 1
+    threads = 1 if workers else min(os.cpu_count() or 1, MOST_THREADS)
     pieces = (
         grain.MapDataset.range(step * parts, sys.maxsize)
         .map(piece)

@@ -103,8 +103,11 @@ def make_evaluate(
         def read(number: int, rows: np.ndarray) -> Split:
             return split.read(index(number)[rows] % examples)
 
-        on_disk = Feed(mesh, size, read, config.data_workers)
-        batch = in_memory if isinstance(split, Split) else on_disk
+        batch = (
+            in_memory
+            if isinstance(split, Split)
+            else Feed(mesh, size, read, config.data_workers)
+        )
         totals: dict[str, float] = {}
         for number in range(math.ceil(examples / size)):
             counts = index(number) < examples

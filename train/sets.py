@@ -82,10 +82,11 @@ def load_dataset(
         return _folder(pathlib.Path(data_dir).expanduser(), image_size)
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     data_dir = os.path.expanduser(data_dir)
-    if _TFDS[name].in_memory:
-        return _read(name, data_dir)
     known = _TFDS[name]
-    train, test = (_Records(name, split, data_dir) for split in known[:2])
+    if known.in_memory:
+        return _read(name, data_dir)
+    train = _Records(name, known.train, data_dir)
+    test = _Records(name, known.test, data_dir)
     return Dataset(
         Encoded(train, image_size, len(train)),
         Encoded(test, image_size, len(test)),
