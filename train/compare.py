@@ -69,12 +69,10 @@ def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
     Raises:
         ValueError: an unknown name.
     """
-    known = {entry.variant: entry for entry in study}
+    known = list(dict.fromkeys(entry.variant for entry in study))
     if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(
-            f"unknown variants {unknown}; the config has {list(known) or 'none'}."
-        )
-    return [known[name] for name in known if names is None or name in names]
+        raise ValueError(f"unknown variants {unknown}; the config has {known}.")
+    return [entry for entry in study if names is None or entry.variant in names]
 
 
 def at_sizes(entries: Iterable[Entry], sizes: list[str]) -> list[Entry]:

@@ -154,9 +154,10 @@ def test_studies_can_be_run(study):
 
 
 def test_a_part_of_a_study():
-    study = [Entry(name, {}) for name in ("a", "b", "c")]
+    """A variant may come several times, with other sizes."""
+    study = [Entry(name, {"seed": i}) for i, name in enumerate(("a", "b", "c", "a"))]
     assert chosen(study, None) == study
-    assert chosen(study, ["c", "a"]) == [study[0], study[2]]
+    assert chosen(study, ["c", "a"]) == [study[0], study[2], study[3]]
     with pytest.raises(ValueError, match=r"unknown variants \['d'\].*'a', 'b', 'c'"):
         chosen(study, ["a", "d"])
 
