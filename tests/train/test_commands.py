@@ -89,6 +89,16 @@ def test_compare_resumes_and_reports(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_what_a_gpu_needs_of_the_host(tmp_path):
+    out = run("benchmarks.data", "--images=32", f"--workdir={tmp_path}")
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert f"{found['images_per_cpu_second']:.0f} images per second of CPU time" in out
+    needed = found["cores_needed"]["3000"]
+    assert needed * found["images_per_cpu_second"] == pytest.approx(3000)
+    assert f"{needed:.1f} cores for a ResNet-50 at 3000 images/s" in out
+    assert "Traceback" not in out  # of the processes that were stopped
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
@@ -100,7 +110,7 @@ def test_compare_resumes_and_reports(tmp_path):
         (
             "train",
             ["--config=configs/cifar10_short.py", "--workdir=w", "--data_dir=nowhere"],
-            "error: no CIFAR-10 in nowhere/cifar10",
+            "error: no cifar10 in nowhere/cifar10",
         ),
         (
             "train.compare",
