@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import step
 from benchmarks.hlo import Collective, collectives, count_fusions
+from benchmarks.program import configure, prepare
 
 HLO = """
   %all-reduce = (f32[16,10]{1,0}, f32[4]{0}, /*index=2*/bf16[2]{0}) all-reduce(%a, %b)
@@ -23,10 +23,10 @@ def test_collectives_and_kernels_of_a_program():
 
 
 def flops(variant, micro_batch_size):
-    config = step.configure(
+    config = configure(
         variant, blocks_per_stage=3, batch_size=128, micro_batch_size=micro_batch_size
     )
-    _, train_step, state, batch = step.prepare(config, size=32)
+    _, train_step, state, batch = prepare(config, size=32)
     return train_step.lower(state, batch).cost_analysis()["flops"]
 
 
