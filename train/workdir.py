@@ -173,7 +173,7 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
                 "the checkpoint of step %d in %s cannot be read: %s",
                 step,
                 checkpoints.directory,
-                error,
+                str(error).partition("\n")[0],
             )
         else:
             if step != steps[0]:
