@@ -21,7 +21,7 @@ from train.data import Split
 from train.diagnose import find_bad_number
 from train.experiment import Experiment, build
 from train.feed import Ahead
-from train.profile import profiler
+from train.profile import check_steps, profiler
 
 
 class NonFiniteError(FloatingPointError):
@@ -52,7 +52,8 @@ def train(
     if (workdir / wd.SUMMARY).exists():
         wd.claim(workdir, config)
         return json.loads((workdir / wd.SUMMARY).read_text())
-    experiment = build(config, data_dir)  # first: a bad config claims no workdir
+    check_steps(config.profile_steps)  # first: a bad config claims no workdir
+    experiment = build(config, data_dir)
     with contextlib.ExitStack() as stack:
         if processes.primary():
             stack.enter_context(wd.locked(workdir))

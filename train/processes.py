@@ -40,7 +40,13 @@ def join() -> None:
         _PROCESS_ID.value,
     )
     if coordinator == AUTO:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"JAX detects no cluster here ({error}); give --coordinator=HOST:PORT,"
+                " --num_processes and --process_id."
+            ) from error
     elif coordinator is not None and count is not None and this is not None:
         if this >= count:
             raise ValueError(

@@ -10,6 +10,14 @@ from typing import Any
 import jax
 
 
+def check_steps(steps: Sequence[int]) -> None:
+    """Raises a ValueError unless `steps` is empty or an increasing pair."""
+    if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
+        raise ValueError(
+            f"profile_steps is {tuple(steps)}; expected (first, last), say (10, 13)."
+        )
+
+
 @contextlib.contextmanager
 def profiler(
     steps: Sequence[int], folder: pathlib.Path
@@ -19,14 +27,7 @@ def profiler(
     Yields a function of the number of updates done and the state, to be called before
     every update. Without `steps` it does nothing. What is still running at the end is
     written as well.
-
-    Raises:
-        ValueError: `steps` is neither empty nor an increasing pair.
     """
-    if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
-        raise ValueError(
-            f"profile_steps is {tuple(steps)}; expected (first, last), say (10, 13)."
-        )
     first, last = steps or (None, None)
     running = False
 

@@ -220,3 +220,4 @@ def test_a_trace_for_the_profiler(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match=r"profile_steps is \(3, 1\); expected"):
         loop.train(tiny_config(profile_steps=(3, 1)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
