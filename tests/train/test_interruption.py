@@ -137,8 +137,13 @@ def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
     chex.assert_trees_all_close(resumed.params, straight.params, rtol=1e-2, atol=1e-3)
 
 
-def test_processes_need_all_flags(start, tmp_path):
-    out = finish(start(tmp_path, "--coordinator=localhost:1"), status=1)
-    assert (
-        "--coordinator=HOST:PORT, --num_processes and --process_id go together" in out
-    )
+@pytest.mark.parametrize(
+    "coordinator, message",
+    [
+        ("localhost:1", "--num_processes and --process_id go together"),
+        ("auto", "JAX detects no cluster here"),
+    ],
+)
+def test_processes_that_do_not_find_each_other(start, tmp_path, coordinator, message):
+    out = finish(start(tmp_path, f"--coordinator={coordinator}"), status=1)
+    assert message in out and "Traceback" not in out
