@@ -43,10 +43,13 @@ def train(
         The summary. A finished run is not run again: its summary is read.
 
     Raises:
-        ValueError: a bad config, or a workdir of another config.
+        ValueError: a bad config; a workdir of another config, or of another run at
+            work, or with damaged checkpoints alone.
         FileNotFoundError: the data set is not there.
         NonFiniteError: a loss, a gradient or a parameter became NaN or infinite; the
             last good checkpoint stays.
+        OSError: the disk is full, or the workdir cannot be written.
+        processes.Stopped: SIGTERM or Ctrl-C came; where the run was is saved.
     """
     workdir = pathlib.Path(workdir)
     if (workdir / wd.SUMMARY).exists():

@@ -257,10 +257,11 @@ def _in_turn(
 ) -> tuple[Any, Any]:
     """`lax.scan`; on the CPU written out, where XLA takes some 20 times as long for the
     gradient of a convolution in a scan, even if that is unrolled."""
-    if jax.default_backend() != "cpu":
+    parts = len(jax.tree.leaves(given)[0])
+    if parts > 1 and jax.default_backend() != "cpu":
         return lax.scan(function, carry, given)
     results = []
-    for i in range(len(jax.tree.leaves(given)[0])):
+    for i in range(parts):
         carry, result = function(carry, jax.tree.map(operator.itemgetter(i), given))
         results.append(result)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)

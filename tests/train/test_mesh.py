@@ -45,6 +45,14 @@ def test_devices_and_parts_change_nothing(norm, devices, accumulate):
     )
 
 
+def test_parts_in_a_loop(monkeypatch):
+    """What accelerators run."""
+    expected = trained(1, norm="kalman_wc")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    actual = trained.__wrapped__(1, norm="kalman_wc", accumulate=4)
+    assert_same_training(actual, expected)
+
+
 def test_what_devices_see_differs():
     """Or the test above would pass with gradients and statistics of one of them."""
     mirrored = batch(build(config_of()), np.roll(INDEX, 2))
