@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 
 from kalman_flax.layers.functions import max_pool
 from kalman_flax.layers.signal import Signal
@@ -82,17 +81,7 @@ class BottleneckResNet(Network):
     stride_in_1x1: bool = False
     zero_init_last_scale: bool = False
 
-    @nn.compact
-    def __call__(
-        self, images: Signal | jax.Array, use_running_average: bool
-    ) -> jax.Array:
-        """Maps ``[N, H, W, channels]`` to logits ``[N, num_classes]``, float32.
-
-        Args:
-            images: a plain array, or a Signal that brings its own state.
-            use_running_average: True for inference by moving statistics (option A).
-        """
-        layers, x = self._layers(use_running_average), self._start(images)
+    def _features(self, x: Signal, layers: Layers) -> Signal:
         x = layers.conv_norm_activation(x, self.width, 7, strides=2, name="stem")
         x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.stage_sizes, start=1):
@@ -105,4 +94,4 @@ class BottleneckResNet(Network):
                     zero_init_last_scale=self.zero_init_last_scale,
                     name=f"stage{stage}_block{block}",
                 )(x)
-        return self._logits(x)
+        return x

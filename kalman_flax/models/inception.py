@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 
 from kalman_flax.layers.functions import avg_pool, concatenate, max_pool
 from kalman_flax.layers.signal import Signal
@@ -117,17 +116,7 @@ class InceptionV2(Network):
 
     num_classes: int
 
-    @nn.compact
-    def __call__(
-        self, images: Signal | jax.Array, use_running_average: bool
-    ) -> jax.Array:
-        """Maps ``[N, H, W, channels]`` to logits ``[N, num_classes]``, float32.
-
-        Args:
-            images: a plain array, or a Signal that brings its own state.
-            use_running_average: True for inference by moving statistics (option A).
-        """
-        layers, x = self._layers(use_running_average), self._start(images)
+    def _features(self, x: Signal, layers: Layers) -> Signal:
         x = layers.conv_norm_activation(x, 64, 7, strides=2, name="conv1")
         x = max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         x = layers.conv_norm_activation(x, 64, 1, name="conv2_reduce")
@@ -135,7 +124,7 @@ class InceptionV2(Network):
         x = max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for name, module in _V2.items():
             x = module(layers=layers, name=f"inception_{name}")(x)
-        return self._logits(x)
+        return x
 
 
 #: Branches and projection of the KN paper's section 4.3.2; GoogLeNet's 3a, 3b and 4a.
@@ -164,19 +153,9 @@ class SmallInception(Network):
 
     num_classes: int
 
-    @nn.compact
-    def __call__(
-        self, images: Signal | jax.Array, use_running_average: bool
-    ) -> jax.Array:
-        """Maps ``[N, H, W, channels]`` to logits ``[N, num_classes]``, float32.
-
-        Args:
-            images: a plain array, or a Signal that brings its own state.
-            use_running_average: True for inference by moving statistics (option A).
-        """
-        layers, x = self._layers(use_running_average), self._start(images)
+    def _features(self, x: Signal, layers: Layers) -> Signal:
         x = layers.conv_norm_activation(x, 32, 3, strides=2, name="stem")
         for index, (branches, projection) in enumerate(_SMALL, start=1):
             name = f"inception{index}"
             x = Inception(branches, max_pool, projection, layers, name=name)(x)
-        return self._logits(x)
+        return x

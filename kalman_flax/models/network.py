@@ -81,24 +81,28 @@ class Network(nn.Module, kw_only=True):
     activation: Callable[[Signal], Signal] = relu
     dtype: Any = jnp.float32
 
-    @nn.nowrap
-    def _layers(self, use_running_average: bool) -> Layers:
+    @nn.compact
+    def __call__(
+        self, images: Signal | jax.Array, use_running_average: bool
+    ) -> jax.Array:
+        """Maps ``[N, H, W, channels]`` to logits ``[N, num_classes]``, float32.
+
+        Args:
+            images: a plain array, or a Signal that brings its own state.
+            use_running_average: True for inference by moving statistics (option A).
+        """
         norm = functools.partial(
             self.norm, use_running_average=use_running_average, dtype=self.dtype
         )
         conv = functools.partial(
             self.conv, use_bias=False, dtype=self.dtype, kernel_init=_he_normal
         )
-        return Layers(norm, conv, self.activation)
-
-    @nn.nowrap
-    def _start(self, images: Signal | jax.Array) -> Signal:
-        if isinstance(images, Signal):
-            return images
-        return Signal(images, self.input_state)
-
-    @nn.nowrap
-    def _logits(self, x: Signal) -> jax.Array:
-        """Global average pooling and a dense layer: ``[N, H, W, C]`` to float32."""
+        if not isinstance(images, Signal):
+            images = Signal(images, self.input_state)
+        x = self._features(images, Layers(norm, conv, self.activation))
         head = Dense(self.num_classes, name="head")
         return head(global_avg_pool(x)).value.astype(jnp.float32)
+
+    def _features(self, x: Signal, layers: Layers) -> Signal:
+        """Maps the images to the last maps, ``[N, H, W, C]``."""
+        raise NotImplementedError

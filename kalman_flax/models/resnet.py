@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 
 from kalman_flax.layers.functions import avg_pool, pad_channels, relu
 from kalman_flax.layers.linear import RNG
 from kalman_flax.layers.signal import Signal
-from kalman_flax.models.network import Network
+from kalman_flax.models.network import Layers, Network
 
 
 class Block(nn.Module):
@@ -77,20 +76,10 @@ class ResNet(Network):
     width: int = 16
     scan: bool = False
 
-    @nn.compact
-    def __call__(
-        self, images: Signal | jax.Array, use_running_average: bool
-    ) -> jax.Array:
-        """Maps ``[N, H, W, channels]`` to logits ``[N, num_classes]``, float32.
-
-        Args:
-            images: a plain array, or a Signal that brings its own state.
-            use_running_average: True for inference by moving statistics (option A).
-        """
-        layers = self._layers(use_running_average)
+    def _features(self, x: Signal, layers: Layers) -> Signal:
         norm, conv, activation = layers
         block = functools.partial(Block, **layers._asdict())
-        x = conv(self.width, (3, 3), name="stem")(self._start(images))
+        x = conv(self.width, (3, 3), name="stem")(x)
         x = activation(norm(name="stem_norm")(x))
         for stage in range(3):
             features = self.width * 2**stage
@@ -101,7 +90,7 @@ class ResNet(Network):
                 name=f"stage{stage + 1}_block1",
             )(x)
             x = self._rest_of_stage(functools.partial(block, features), stage + 1, x)
-        return self._logits(activation(norm(name="final_norm")(x)))
+        return activation(norm(name="final_norm")(x))
 
     def _rest_of_stage(
         self, block: Callable[..., nn.Module], stage: int, x: Signal
