@@ -76,10 +76,24 @@ def make_batches(
     return batch
 
 
-def make_standardize(
-    kind: str, images: np.ndarray | None
-) -> Callable[[jax.Array], jax.Array]:
-    """Returns a map from uint8 to float32 images, fitted to the training `images`.
+class Standardize(NamedTuple):
+    """A map from uint8 to float32 images: (x - mean) / scale.
+
+    Attributes:
+        mean: float32, of what broadcasts to ``[H, W, C]``.
+        scale: the same.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``[..., H, W, C]``."""
+        return (images.astype(jnp.float32) - self.mean) / self.scale
+
+
+def make_standardize(kind: str, images: np.ndarray | None) -> Standardize:
+    """Returns the map fitted to the training `images`.
 
     Args:
         kind: ``"channel"``: mean 0 and standard deviation 1 per channel; ``"pixel"``:
@@ -100,8 +114,7 @@ def make_standardize(
     else:
         mean = images.mean(axis=(0, 1, 2), dtype=np.float64)
         scale = np.sqrt(_mean_square(images) - mean**2)
-    mean, scale = np.float32(mean), np.float32(scale)
-    return lambda x: (x.astype(jnp.float32) - mean) / scale
+    return Standardize(np.float32(mean), np.float32(scale))
 
 
 def _mean_square(images: np.ndarray, chunk: int = 4096) -> np.ndarray:

@@ -1,13 +1,17 @@
 """Tests the last checkpoint of a run, under both options of the paper and others.
 
     python -m train.evaluate --workdir=runs/digits
+    python -m train.evaluate --workdir=runs/digits --split=train
     python -m train.evaluate --workdir=runs/digits --precise_batches=50 \\
         --example_weight=auto
 
-Prints a line for each kind of statistics to normalise the test images by. Option A: the
-moving averages that training kept. Option B: those of each micro-batch of test images.
+Prints a line for each kind of statistics to normalise the images by. Option A: the
+moving averages that training kept. Option B: those of each micro-batch of these images.
 Two flags add lines, worth a try where micro-batches were small; neither changes the
 weights or the checkpoint.
+
+For up to 100 classes, confusion_test.csv and .png in the run say what is taken for
+what: rows are the true classes, columns those predicted by option A.
 """
 
 import pathlib
@@ -15,13 +19,23 @@ import pathlib
 from absl import flags
 
 from kalman_flax.baselines.precise import running_moments
-from train import cli
+from kalman_flax.state import check_choice
+from train import cli, confusion
 from train import workdir as wd
-from train.experiment import build
+from train.data import Split
+from train.encoded import Encoded
+from train.experiment import Experiment, build
 from train.inference import AUTO, WEIGHTS, choose_weight, parse_weight, recompute
 from train.step import TrainState
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_SPLIT = flags.DEFINE_string(
+    "split",
+    "test",
+    "Images to evaluate on: train, those that the run trained on, as they are; or test,"
+    " which also goes by the data set's name for it: ImageNet's validation, a folder's"
+    " val.",
+)
 _PRECISE_BATCHES = flags.DEFINE_integer(
     "precise_batches",
     None,
@@ -44,7 +58,9 @@ def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
-    state = wd.last_checkpoint(workdir, experiment.state)
+    check_choice("split", _SPLIT.value, experiment.splits)
+    split = experiment.splits[_SPLIT.value]
+    last = state = wd.last_checkpoint(workdir, experiment.state)
     if (batches or weight is not None) and not running_moments(state.batch_stats):
         raise ValueError(
             f"normaliser {config.norm!r} keeps no moving mean and variance; leave out"
@@ -52,18 +68,22 @@ def main() -> None:
         )
 
     def show(result: dict[str, float], kind: str, name: str) -> None:
-        accuracy, loss = result[f"{kind}_accuracy"], result[f"{kind}_loss"]
-        print(f"{accuracy:8.2%}  {loss:7.4f}  {name}", flush=True)
+        columns = [f"{result[f'{kind}_accuracy']:8.2%}"]
+        if (top5 := result.get(f"{kind}_top5_accuracy")) is not None:
+            columns.append(f"{top5:7.2%}")
+        columns += [f"{result[f'{kind}_loss']:7.4f}", name]
+        print("  ".join(columns), flush=True)
 
     def show_weighed(state: TrainState, name: str) -> None:
         chosen = choose_weight(experiment, state) if weight == AUTO else weight
-        result = experiment.evaluate(state, experiment.test, chosen)
+        result = experiment.evaluate(state, split, chosen)
         how = ", best on training images" if weight == AUTO else ""
         show(result, "weighed", f"{name}, image's own at weight {chosen:g}{how}")
 
-    print(f"step {int(state.step)}, {experiment.test.examples} test images")
-    print("accuracy     loss  normalised by")
-    result = experiment.evaluate(state, experiment.test)
+    result = experiment.evaluate(state, split)
+    print(f"step {int(state.step)}, {split.examples} {_SPLIT.value} images")
+    top5 = "    top-5" if "moving_top5_accuracy" in result else ""
+    print(f"accuracy{top5}     loss  normalised by")
     name = "A, moving statistics"
     show(result, "moving", name)
     show(result, "batch", "B, micro-batch statistics")
@@ -72,9 +92,28 @@ def main() -> None:
     if batches:
         state = recompute(config, experiment, state, batches)
         name = f"A, precise statistics of {batches} training batches"
-        show(experiment.evaluate(state, experiment.test), "moving", name)
+        show(experiment.evaluate(state, split), "moving", name)
         if weight is not None:
             show_weighed(state, name)
+    _confuse(experiment, last, split, workdir / f"confusion_{_SPLIT.value}")
+
+
+def _confuse(
+    experiment: Experiment, state: TrainState, split: Split | Encoded, to: pathlib.Path
+) -> None:
+    """Writes the confusion matrix as `to` .csv and .png."""
+    names = experiment.classes
+    if len(names) > confusion.MOST_CLASSES:
+        print(
+            f"no confusion matrix: there are {len(names)} classes, more than"
+            f" {confusion.MOST_CLASSES}"
+        )
+        return
+    counts = experiment.confusion(state, split)
+    title = f"{split.examples} images, {counts.trace() / split.examples:.2%} right"
+    confusion.write_csv(to.with_suffix(".csv"), counts, names)
+    confusion.plot(to.with_suffix(".png"), counts, names, title)
+    print(f"written: {to}.csv, .png")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from kalman_flax import NETWORKS, NORMALIZERS, Normalization, normalization
 from kalman_flax.state import check_choice
 from train.controls import CONTROLS
-from train.data import Split, make_batches, make_standardize
+from train.data import Split, Standardize, make_batches, make_standardize
 from train.encoded import Encoded
 from train.feed import Feed
 from train.mesh import DEVICES, make_mesh, take
-from train.score import make_evaluate
+from train.score import make_confusion, make_evaluate
 from train.sets import Dataset, load_dataset
 from train.step import Metrics, TrainState, create_state, make_train_step
 
@@ -32,21 +32,32 @@ class Experiment:
     """The parts of a run, with `train` and `test` on the host or on its disk.
 
     Attributes:
+        classes: their names, by label.
+        test_name: what the data set calls the test split.
         batch: from the step to its examples, split over the devices of `mesh`.
     """
 
     mesh: Mesh
     train: Split | Encoded
     test: Split | Encoded
+    classes: tuple[str, ...]
+    test_name: str
     network: nn.Module
-    standardize: Callable[[jax.Array], jax.Array]
+    standardize: Standardize
     state: TrainState
     batch: Callable[[int], Split]
     train_step: Callable[[TrainState, Split], tuple[TrainState, Metrics]]
     evaluate: Callable[..., dict[str, float]]
+    confusion: Callable[[TrainState, Split | Encoded], np.ndarray]
     schedule: optax.Schedule
     steps_per_epoch: int
     total_steps: int
+
+    @property
+    def splits(self) -> dict[str, Split | Encoded]:
+        """What there is to evaluate on, by name: the training images of the run, and
+        the test images, under the data set's name for them as well."""
+        return {"train": self.train, "test": self.test, self.test_name: self.test}
 
 
 def build(
@@ -84,12 +95,15 @@ def build(
         mesh=mesh,
         train=train,
         test=dataset.test,
+        classes=dataset.classes,
+        test_name=dataset.test_name,
         network=network,
         standardize=standardize,
         state=create_state(network, optimizer, config.seed, train.image_shape, mesh),
         batch=make_batch(config, mesh, train),
         train_step=make_train_step(network, optimizer, standardize, config, mesh),
         evaluate=make_evaluate(network, standardize, config, mesh),
+        confusion=make_confusion(network, standardize, config, mesh),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

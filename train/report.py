@@ -51,9 +51,16 @@ def describe(summary: dict[str, Any]) -> str:
         f" {summary['steps']} steps in {summary['seconds']:.0f} s with tests and"
         f" checkpoints, {images:.0f} images/s\n"
         f"test accuracy on {summary['test_images']} images"
-        f"  A, moving statistics: {summary['test_moving_accuracy']:.2%}"
-        f"  B, micro-batch statistics: {summary['test_batch_accuracy']:.2%}"
+        f"  A, moving statistics: {_accuracy(summary, 'moving')}"
+        f"  B, micro-batch statistics: {_accuracy(summary, 'batch')}"
     )
+
+
+def _accuracy(summary: dict[str, Any], option: str) -> str:
+    accuracy = f"{summary[f'test_{option}_accuracy']:.2%}"
+    # Not there for few classes, and in runs from before it was counted.
+    top5 = summary.get(f"test_{option}_top5_accuracy")
+    return accuracy if top5 is None else f"{accuracy} (top-5 {top5:.2%})"
 
 
 def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:

@@ -16,11 +16,18 @@ from train.encoded import Encoded
 
 
 class Dataset(NamedTuple):
-    """A training and a test split: in memory, or too large for that."""
+    """A training and a test split: in memory, or too large for that.
+
+    Attributes:
+        classes: their names, by label.
+        test_name: what the set itself calls its test split.
+    """
 
     train: Split | Encoded
     test: Split | Encoded
     num_classes: int
+    classes: tuple[str, ...] = ()
+    test_name: str = "test"
 
 
 class _Known(NamedTuple):
@@ -91,6 +98,8 @@ def load_dataset(
         Encoded(train, image_size, len(train)),
         Encoded(test, image_size, len(test)),
         known.num_classes,
+        test.classes,
+        known.test,
     )
 
 
@@ -104,7 +113,10 @@ def _digits() -> Dataset:
     labels = digits.target.astype(np.int32)
     train, test = slice(1500), slice(1500, None)
     return Dataset(
-        Split(images[train], labels[train]), Split(images[test], labels[test]), 10
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        10,
+        tuple(map(str, digits.target_names)),
     )
 
 
@@ -112,8 +124,7 @@ def _digits() -> Dataset:
 def _read(name: str, data_dir: str) -> Dataset:
     """Reads a whole set of TFDS into memory."""
 
-    def read(split: str) -> Split:
-        source = _open(name, split, data_dir)
+    def read(source: Any) -> Split:
         shape = source.dataset_info.features["image"].shape
         images = np.empty((len(source), *shape), np.uint8)
         labels = np.empty(len(source), np.int32)
@@ -123,7 +134,8 @@ def _read(name: str, data_dir: str) -> Dataset:
         return Split(images, labels)
 
     known = _TFDS[name]
-    return Dataset(read(known.train), read(known.test), known.num_classes)
+    train, test = (_open(name, split, data_dir) for split in (known.train, known.test))
+    return Dataset(read(train), read(test), known.num_classes, _classes(test))
 
 
 def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
@@ -148,6 +160,11 @@ def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
         ) from error
 
 
+def _classes(source: Any) -> tuple[str, ...]:
+    """The names of the classes, which TFDS keeps beside the images."""
+    return tuple(source.dataset_info.features["label"].names)
+
+
 class _Records(Sequence):
     """The encoded images and labels of a split of TFDS, and their names."""
 
@@ -156,6 +173,7 @@ class _Records(Sequence):
 
         skip = {"image": tfds.decode.SkipDecoding()}
         self._source = _open(name, split, data_dir, decoders=skip)
+        self.classes = _classes(self._source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -180,7 +198,8 @@ def _folder(root: pathlib.Path, image_size: int) -> Dataset:
             f"classes in {test} that are not in {train}: {', '.join(new)}."
         )
     found = [_Files(split, classes) for split in (train, test)]
-    return Dataset(*(Encoded(f, image_size, len(f)) for f in found), len(classes))
+    train_split, test_split = (Encoded(f, image_size, len(f)) for f in found)
+    return Dataset(train_split, test_split, len(classes), tuple(classes), test.name)
 
 
 def _class_folders(split: pathlib.Path) -> list[str]:

@@ -29,6 +29,7 @@ from train import processes
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 
 
@@ -114,7 +115,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Opens the run's checkpoints; the last two are kept."""
     return ocp.CheckpointManager(
-        workdir.absolute() / "checkpoints",
+        workdir.absolute() / CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         ),
@@ -201,10 +202,16 @@ def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
     Raises:
         FileNotFoundError: there is none in `workdir`.
     """
-    with open_checkpoints(workdir) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise FileNotFoundError(f"no checkpoint in {workdir}; train for longer.")
-        return restore(checkpoints, state)
+    folder = workdir / CHECKPOINTS
+    if folder.is_dir():  # Orbax would make it
+        with open_checkpoints(workdir) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                return restore(checkpoints, state)
+    raise FileNotFoundError(
+        f"no checkpoint in {folder}: the run ended before its first, or somebody"
+        " deleted them. The `python -m train` command of the run, given again, trains"
+        " from the start."
+    )
 
 
 def memory_in_use() -> int:

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from tests.train.common import tiny_config
 from train import report
@@ -44,7 +46,9 @@ def test_train_then_evaluate(tmp_path):
     out = run("train", *TINY, f"--workdir={tmp_path}/run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     accuracies = [
-        f"{summary[key]:.2%}" for key in ("test_moving_accuracy", "test_batch_accuracy")
+        f"{summary[f'test_{option}_{key}']:.2%}"
+        for option in ("moving", "batch")
+        for key in ("accuracy", "top5_accuracy")
     ]
     assert "batch 8, micro-batch 2, 1 device(s), 16 steps" in out
     assert "img/s" in out and "loss=" in out  # the progress bar
@@ -54,6 +58,18 @@ def test_train_then_evaluate(tmp_path):
     assert "step 16, 297 test images" in out
     for accuracy in accuracies:
         assert accuracy in out
+    with (tmp_path / "run/confusion_test.csv").open() as file:
+        (corner, *names), *rows = csv.reader(file)
+    assert corner == "true \\ predicted" and names == list("0123456789")
+    assert [row[0] for row in rows] == names
+    counts = np.array([row[1:] for row in rows], int)
+    labels = load_digits().target[1500:]
+    np.testing.assert_array_equal(counts.sum(1), np.bincount(labels))
+    assert f"{counts.trace() / 297:.2%}" == accuracies[0]
+    picture = tmp_path / "run/confusion_test.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    out = run("train.evaluate", f"--workdir={tmp_path}/run", "--split=val", status=1)
+    assert out == "error: split is 'val'; expected one of ['train', 'test'].\n"
 
 
 def test_compare_resumes_and_reports(tmp_path):

@@ -40,6 +40,7 @@ def test_cifar10_is_the_real_one():
     data = load_dataset("cifar10")
     assert data.train.images.shape == (50_000, 32, 32, 3)
     assert data.test.images.shape == (10_000, 32, 32, 3)
+    assert data.classes[:4] == ("airplane", "automobile", "bird", "cat")
     np.testing.assert_array_equal(np.bincount(data.train.labels), [5000] * 10)
     np.testing.assert_array_equal(np.bincount(data.test.labels), [1000] * 10)
     pixels = data.train.images / np.float32(255)

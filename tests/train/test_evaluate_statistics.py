@@ -15,7 +15,7 @@ from train.experiment import build
 from train.loop import train
 from train.step import TrainState
 
-LINE = re.compile(r"^ *(\d+\.\d\d)%  +(\d+\.\d{4})  (.*)$", re.MULTILINE)
+LINE = re.compile(r"^ *(\d+\.\d\d)%  +\d+\.\d\d%  +(\d+\.\d{4})  (.*)$", re.MULTILINE)
 
 
 def test_table_of_every_kind(tmp_path):
@@ -25,7 +25,9 @@ def test_table_of_every_kind(tmp_path):
         f"--workdir={tmp_path}",
         "--precise_batches=3",
         "--example_weight=0",
+        "--split=train",
     )
+    assert "step 8, 64 train images" in out
     plain, batch, weighed, precise, both = LINE.findall(out)
     assert plain[2] == "A, moving statistics"
     assert batch[2] == "B, micro-batch statistics"
@@ -79,8 +81,9 @@ def test_weighed_evaluation_counts_every_image_once():
     split = experiment.test.take(23)
     plain = experiment.evaluate(experiment.state, split)
     weighed = experiment.evaluate(experiment.state, split, 0.0)
-    assert set(weighed) == {"weighed_loss", "weighed_accuracy"}
-    for name in ("loss", "accuracy"):
+    names = ("loss", "accuracy", "top5_accuracy")
+    assert set(weighed) == {f"weighed_{name}" for name in names}
+    for name in names:
         value = weighed[f"weighed_{name}"]
         np.testing.assert_allclose(value, plain[f"moving_{name}"], rtol=1e-5)
     other = experiment.evaluate(experiment.state, split, 0.5)

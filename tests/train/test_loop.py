@@ -208,6 +208,17 @@ def test_a_checkpoint_that_cannot_be_written(two_checkpoints):
     assert last_state(workdir, config).step == 16
 
 
+def test_a_run_without_checkpoints_is_left_as_it_is(finished, tmp_path):
+    workdir, config, _ = finished
+    shutil.copy(workdir / "config.json", tmp_path)
+    state = build(config).state
+    for path in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "8"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*checkpoints:"):
+            wd.last_checkpoint(tmp_path, state)
+        assert not path.exists()
+        path.parent.mkdir(exist_ok=True)
+
+
 def test_two_runs_in_one_workdir_are_refused(tmp_path):
     refused = pytest.raises(ValueError, match=f"another run, process {os.getpid()} on")
     with wd.locked(tmp_path), refused:

@@ -50,7 +50,9 @@ def expected(name, splits):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn_cropped"])
 def test_sets_in_memory_hold_what_was_prepared(data_dir, name):
     data = load(name, data_dir)
-    assert data.num_classes == CLASSES[name]
+    assert data.num_classes == len(data.classes) == CLASSES[name]
+    # The names of CIFAR's classes come with the download that `prepare` leaves out.
+    assert data.classes[3] == "3" and data.test_name == "test"
     train = ["train", "extra"] if name == "svhn_cropped" else ["train"]
     for split, names in ((data.train, train), (data.test, ["test"])):
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
@@ -61,7 +63,11 @@ def test_sets_in_memory_hold_what_was_prepared(data_dir, name):
 @pytest.mark.parametrize("name, classes", [("imagenet2012", 1000), ("folder", 3)])
 def test_sets_on_disk_hold_what_was_prepared(data_dir, name, classes):
     data = load(name, data_dir, image_size=16)
-    assert data.num_classes == classes
+    assert data.num_classes == len(data.classes) == classes
+    assert data.classes[:2] == (
+        ("cat", "dog") if name == "folder" else ("n01440764", "n01443537")
+    )
+    assert data.test_name == ("val" if name == "folder" else "validation")
     assert (data.train.examples, data.test.examples) == (24, 9 + (name != "folder"))
     split = data.train.read(np.arange(24))
     assert split.images.shape == (24, 16, 16, 3) and split.images.dtype == np.uint8

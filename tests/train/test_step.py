@@ -123,13 +123,22 @@ def test_evaluation_counts_every_image_once(size):
 
     def metrics(logits):
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, test.labels)
-        return loss.mean(), (logits.argmax(-1) == test.labels).mean()
+        best = np.argsort(-np.asarray(logits), axis=-1)[:, :5]
+        hits = best == test.labels[:, None]
+        return loss.mean(), hits[:, 0].mean(), hits.any(-1).mean()
 
     network = experiment.network
     logits = network.apply(variables, images[:99], use_running_average=True)
-    loss, accuracy = metrics(logits)
+    loss, accuracy, top5 = metrics(logits)
     np.testing.assert_allclose(result["moving_loss"], loss, rtol=1e-4)
     np.testing.assert_allclose(result["moving_accuracy"], accuracy, rtol=1e-6)
+    np.testing.assert_allclose(result["moving_top5_accuracy"], top5, rtol=1e-6)
+    assert accuracy < top5 < 1
+    taken = logits.argmax(-1)
+    for (true, predicted), count in np.ndenumerate(
+        experiment.confusion(experiment.state, test)
+    ):
+        assert count == np.sum((test.labels == true) & (taken == predicted))
 
     forward = jax.jit(
         lambda x: network.apply(
@@ -137,9 +146,10 @@ def test_evaluation_counts_every_image_once(size):
         )[0]
     )
     logits = np.concatenate([forward(x) for x in images.reshape(50, 2, 8, 8, 1)])
-    loss, accuracy = metrics(logits[:99])
+    loss, accuracy, top5 = metrics(logits[:99])
     np.testing.assert_allclose(result["batch_loss"], loss, rtol=1e-4)
     np.testing.assert_allclose(result["batch_accuracy"], accuracy, rtol=1e-6)
+    np.testing.assert_allclose(result["batch_top5_accuracy"], top5, rtol=1e-6)
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
