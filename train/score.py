@@ -26,12 +26,12 @@ from train.step import Metrics, TrainState, apply_replicas
 TOP = 5
 
 
-def infer(
-    network: nn.Module, variables: Any, images: jax.Array, key: jax.Array
-) -> jax.Array:
+def infer(network: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     """Returns the logits ``[N, num_classes]`` of standardised images by the moving
-    statistics (option A); `key` is for the Monte Carlo transition, which has no say."""
-    return network.apply(variables, images, use_running_average=True, rngs={RNG: key})
+    statistics (option A)."""
+    # The Monte Carlo transition asks for a key; nothing here depends on it.
+    rngs = {RNG: jax.random.key(0)}
+    return network.apply(variables, images, use_running_average=True, rngs=rngs)
 
 
 def make_evaluate(
@@ -58,12 +58,12 @@ def make_evaluate(
     ) -> Metrics:
         images = standardize(batch.images)
         if example_weight is None:
-            moving = infer(network, state.variables, images, keys[0])
+            moving = infer(network, state.variables, images)
             logits, _ = apply_replicas(network, state.variables, images, keys)
             outputs = {"moving": moving, "batch": logits}
         else:
             with weigh_example(example_weight):
-                weighed = infer(network, state.variables, images, keys[0])
+                weighed = infer(network, state.variables, images)
             outputs = {"weighed": weighed}
         result = {}
         for name, logits in outputs.items():
@@ -102,7 +102,7 @@ def make_confusion(
         state: TrainState, batch: Split, counts: jax.Array, keys: jax.Array
     ) -> jax.Array:
         images = standardize(batch.images)
-        logits = infer(network, state.variables, images, keys[0])
+        logits = infer(network, state.variables, images)
         classes = logits.shape[-1]
         true = jax.nn.one_hot(batch.labels, classes) * counts[:, None]
         return true.T @ jax.nn.one_hot(jnp.argmax(logits, -1), classes)
