@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 import kalman_flax as kf
 from tests.reference.plain_resnet import PlainResNet
+from tests.test_checkpoint import IMAGES, variables_of
 from tests.train.common import tiny_config
 from tests.train.test_commands import run
 from train import artifact
@@ -123,9 +124,5 @@ def test_which_normalisers_there_is_a_layer_of_flax_for(name, norm):
     network = kf.ResNet(
         num_classes=3, blocks_per_stage=1, width=4, **kf.normalization(name)._asdict()
     )
-    key = jax.random.key(0)
-    images = jax.random.normal(key, (3, 8, 8, 3))
-    variables = jax.jit(lambda: network.init(key, images, False))()
-    _, written = network.apply(variables, images, False, mutable=["batch_stats"])
-    plain = artifact.plain_variables(network, {**variables, **written}, images)
+    plain = artifact.plain_variables(network, variables_of(network), IMAGES)
     assert (plain and plain.norm) == (norm and f"flax.linen.{norm}")
