@@ -83,7 +83,7 @@ def build(
     return Experiment(
         mesh=mesh,
         train=train,
-        test=dataset.test,
+        test=dataset.test.take(config.test_examples),
         network=network,
         standardize=standardize,
         state=create_state(network, optimizer, config.seed, train.image_shape, mesh),
