@@ -74,7 +74,9 @@ def compile_program(config: ConfigDict) -> Program:
         "inference_fusions": count_fusions(inference.as_text()),
     }
     return Program(
-        train, lambda: jax.block_until_ready(inference(train.state, batch.images)), facts
+        train,
+        lambda: jax.block_until_ready(inference(train.state, batch.images)),
+        facts,
     )
 
 

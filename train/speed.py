@@ -40,6 +40,7 @@ class Stepper:
         self.step, self.state, self.batch = step, state, batch
 
     def __call__(self) -> None:
+        """Runs it."""
         self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
 
