@@ -24,7 +24,7 @@ from absl import flags
 
 from kalman_flax.state import check_choice
 from train import cli
-from train.reproductions import REPRODUCTIONS
+from train.reproductions import REPRODUCTIONS, reproduce_all
 from train.reproductions.scale import SCALES
 from train.reproductions.trained import Request
 from train.sets import DATASETS
@@ -32,7 +32,7 @@ from train.sets import DATASETS
 ALL = "all"
 
 _LIST = flags.DEFINE_bool("list", False, "Say which tables and figures there are.")
-_SCALE = flags.DEFINE_string("scale", "full", f"Of {', '.join(SCALES)}; see above.")
+_SCALE = flags.DEFINE_enum("scale", "full", SCALES, "How large; see above.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each network.", lower_bound=1)
 _DATASETS = flags.DEFINE_list(
     "datasets", None, "Train only on these; what needs others stays empty."
@@ -47,7 +47,6 @@ def main(name: str | None = None) -> None:
             print(f"{known}: {reproduction.title}")
         return
     check_choice("the table or figure", name, (*REPRODUCTIONS, ALL))
-    check_choice("scale", _SCALE.value, SCALES)
     for dataset in _DATASETS.value or ():
         check_choice("datasets", dataset, DATASETS)
     request = Request(
@@ -57,21 +56,10 @@ def main(name: str | None = None) -> None:
         cli.DATA_DIR.value,
         _DATASETS.value,
     )
-    if name != ALL:
+    if name == ALL:
+        reproduce_all(request, REPRODUCTIONS)
+    else:
         REPRODUCTIONS[name].reproduce(name, request)
-        return
-    missing = []
-    for each, reproduction in REPRODUCTIONS.items():
-        print(f"\n{each}: {reproduction.title}", flush=True)
-        try:
-            reproduction.reproduce(each, request)
-        except FileNotFoundError as error:
-            print(f"not run: {error}", flush=True)
-            missing.append(each)
-    if missing:
-        raise FileNotFoundError(
-            f"{', '.join(missing)} not run, for want of data: see above."
-        )
 
 
 if __name__ == "__main__":

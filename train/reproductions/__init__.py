@@ -5,7 +5,7 @@ Those of networks to be trained are declared, see `Trained`; others are a module
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from train.reproductions import cifar, figure5, imagenet, table2, table3
@@ -38,3 +38,25 @@ REPRODUCTIONS: dict[str, Trained | Reproduction] = {
     "figure4": cifar.FIGURE4,
     "figure5": Reproduction(figure5.TITLE, figure5.reproduce),
 }
+
+
+def reproduce_all(
+    request: Request, reproductions: Mapping[str, Trained | Reproduction]
+) -> None:
+    """Reproduces one after the other; what misses its data does not stop the others.
+
+    Raises:
+        FileNotFoundError: at the end, if data was missing for any.
+    """
+    missing = []
+    for name, each in reproductions.items():
+        print(f"\n{name}: {each.title}", flush=True)
+        try:
+            each.reproduce(name, request)
+        except FileNotFoundError as error:
+            print(f"not run: {error}", flush=True)
+            missing.append(name)
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} not run, for want of data: see above."
+        )

@@ -13,7 +13,7 @@ from configs import cifar10_released
 from train.estimates import Layers, collect, restore, variance_gaps
 from train.estimates_figure import heat_map
 from train.reproductions import cifar, result
-from train.reproductions.trained import OURS, Request, Series, name_of, train_all
+from train.reproductions.trained import OURS, Request, Series, train_all
 from train.runs import Entry, configure
 
 TITLE = "gap of micro-batch and moving variance by layer, BN and KN, small Inception"
@@ -37,12 +37,12 @@ def reproduce(name: str, request: Request) -> None:
         )
         for label, keys in ROWS.items()
     }
-    series = train_all(request, full.values())
+    series = train_all(request, full)
     results, gaps, maps = [], {}, {}
-    for label, config in full.items():
+    for label in ROWS:
         found = result.Result(label, COLUMN, "", "ratio")
-        if name_of(config) in series:
-            runs = series[name_of(config)]
+        if label in series:
+            runs = series[label]
             gaps[label], maps[label] = _measure(runs, request.data_dir)
             values = [float(np.mean(list(each.values()))) for each in gaps[label]]
             found = found._replace(values=values, **runs.described())

@@ -27,7 +27,7 @@ def plot(
     curve: Curve | None,
 ) -> None:
     """Draws the paper's numbers (crosses) beside ours (dots, one standard deviation to
-    each side), a panel for each unit; before them the curves of `series`, by label."""
+    each side), a panel for each unit; before them `curve` of `series`, by label."""
     units = list(dict.fromkeys(each.unit for each in results))
     panels = len(units) + bool(curve)
     size = (6 * panels + 2, max(4.5, 0.28 * len(results)))

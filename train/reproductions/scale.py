@@ -15,10 +15,16 @@ SCALES = ("full", "short", "smoke")
 #: short, images on disk: about 4 million to train on
 _SHORT_ON_DISK = {"train_examples": 256_000, "epochs": 16, "image_size": 128}
 
-#: smoke: two updates, in place of a network the smallest of its kind
-_SMOKE = {"epochs": 2, "test_examples": 128, "image_size": 32, "log_steps": 1}
-_RESNET8 = {"network": "cifar_resnet", "blocks_per_stage": 1, "width": 32}
-_SMALL = {"inception_v2": {"network": "small_inception"}, "small_inception": {}}
+#: smoke: two updates of the smallest network, on images as they are
+_SMOKE = {
+    "epochs": 2,
+    "test_examples": 128,
+    "image_size": 32,
+    "crop_padding": 0,
+    "flip": False,
+    "log_steps": 1,
+}
+RESNET8 = {"network": "cifar_resnet", "blocks_per_stage": 1, "width": 32}
 
 #: keys that change neither what is computed nor how much of it
 _UNESSENTIAL = (
@@ -41,13 +47,11 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
     config = copy.deepcopy(full)
     if scale == "full":
         return config
-    config.schedule = "cosine"
+    config.update(schedule="cosine", step_epochs=(), step_factors=())
     if scale == "short":
         config.update(_short(config))
     else:
-        config.update(_SMOKE)
-        config.train_examples = config.batch_size
-        config.update(_SMALL.get(config.network, _RESNET8))
+        config.update(_SMOKE | RESNET8, train_examples=config.batch_size)
         try:
             check_prepared(config.dataset, data_dir)
         except FileNotFoundError:
@@ -107,7 +111,9 @@ def _rest(config: ConfigDict) -> dict[str, Any]:
     rest = dict(config.items())
     for key in (*_UNESSENTIAL, "train_examples", "test_examples", "epochs", "dataset"):
         del rest[key]
-    if config.dataset not in ("imagenet2012", "folder"):
+    if config.schedule != "step":
+        del rest["step_epochs"], rest["step_factors"]
+    if config.dataset != "imagenet2012":
         del rest["image_size"]
     n, width = rest.pop("blocks_per_stage"), rest.pop("width")
     if config.network == "cifar_resnet":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -17,6 +16,8 @@ from train.reproductions.paper import Grid
 from train.reproductions.scale import reduced, scaled
 from train.runs import Entry, configure, run
 from train.sets import check_prepared
+
+Cell = TypeVar("Cell")
 
 #: at the end of a row's name: the same, by what we found best in place of the paper's
 OURS = ", ours"
@@ -44,8 +45,8 @@ class Series(NamedTuple):
     """Runs that differ in the seed alone.
 
     Attributes:
-        full: as the paper has it.
-        config: as it was run.
+        full: as the paper has them.
+        config: as they were run.
         runs, dirs: one for each seed.
     """
 
@@ -56,20 +57,24 @@ class Series(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """Returns the attributes of a `Result` that say what was run."""
-        keys = ("norm", "network", "dataset", "batch_size", "micro_batch_size")
-        return {
-            "reduced": reduced(self.full, self.config),
-            "facts": {key: self.config[key] for key in keys},
-        }
+        return describe(self.full, self.config)
 
 
-def name_of(full: ConfigDict) -> str:
+def describe(full: ConfigDict, config: ConfigDict) -> dict[str, Any]:
+    """Returns the attributes of a `Result` that say what was run in place of `full`."""
+    keys = ("norm", "network", "dataset", "batch_size", "micro_batch_size")
+    facts = {key: config[key] for key in keys}
+    return {"reduced": reduced(full, config), "facts": facts}
+
+
+def name_of(config: ConfigDict) -> str:
     """Returns what the directories of a run are called: the same in every table."""
-    return f"{full.dataset}-{full.network}-{full.norm}-m{full.micro_batch_size}"
+    return f"{config.dataset}-{config.network}-{config.norm}-m{config.micro_batch_size}"
 
 
-def train_all(request: Request, wanted: Iterable[ConfigDict]) -> dict[str, Series]:
-    """Runs what is missing of `wanted`, full configs; returns them by `name_of`.
+def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Series]:
+    """Runs what is missing of `wanted`, full configs, and returns them, but for those
+    of other data sets than `request` allows.
 
     Raises:
         ValueError: no workdir, or a bad config.
@@ -77,23 +82,25 @@ def train_all(request: Request, wanted: Iterable[ConfigDict]) -> dict[str, Serie
     """
     if request.workdir is None:
         raise ValueError("this trains networks; pass --workdir=DIR to keep them in.")
-    series = {
-        name_of(full): Series(
-            full, scaled(full, request.scale, request.data_dir), [], []
-        )
-        for full in wanted
+    configs = {
+        cell: scaled(full, request.scale, request.data_dir)
+        for cell, full in wanted.items()
         if request.datasets is None or full.dataset in request.datasets
     }
-    for _, config, *_ in series.values():
+    by_name = {name_of(config): config for config in configs.values()}
+    for config in by_name.values():
         check(config)
         check_prepared(config.dataset, request.data_dir)
+    found = {name: ([], []) for name in by_name}
     for seed in range(request.seeds):  # outermost: half a table is a table too
-        for name, (_, config, runs, dirs) in series.items():
-            dirs.append(request.workdir / f"{name}-seed{config.seed + seed}")
-            entry = Entry(name, {})
-            config = configure(config, entry, seed)
+        for name, (runs, dirs) in found.items():
+            config = configure(by_name[name], Entry(name, {}), seed)
+            dirs.append(request.workdir / f"{name}-seed{config.seed}")
             runs.append(run(config, name, dirs[-1], request.data_dir))
-    return series
+    return {
+        cell: Series(wanted[cell], config, *found[name_of(config)])
+        for cell, config in configs.items()
+    }
 
 
 class Column(NamedTuple):
@@ -144,18 +151,14 @@ class Trained:
     def reproduce(self, name: str, request: Request) -> None:
         """Trains what is missing, prints the table, writes CSV, JSON and PNG."""
         cells = self.cells()
-        series = train_all(request, cells.values())
-        results = [
-            self._result(*cell, series.get(name_of(full)))
-            for cell, full in cells.items()
-        ]
+        series = train_all(request, cells)
+        results = [self._result(*cell, series.get(cell)) for cell in cells]
         results += self._differences(results)
         print(result.table(results))
         result.write(request.workdir, name, results, scale=request.scale)
-        labels = {row: name_of(full) for (row, _), full in cells.items()}
-        lines = {row: series[run] for row, run in labels.items() if run in series}
+        lines = {row: each for (row, _), each in series.items()}
         path = request.workdir / f"{name}.png"
-        picture.plot(path, results, lines if self.curve else {}, self.curve)
+        picture.plot(path, results, lines, self.curve)
         print(f"written: {request.workdir}/{name}.csv, .json, .png")
 
     def _paper(self, row: str, column: str) -> str:
