@@ -10,10 +10,10 @@ Trains what is missing. Finished runs are kept, also for other tables that have 
 run, and interrupted ones go on when the command runs again; another scale needs another
 workdir. Writes NAME.csv, NAME.json (with command, hardware, versions) and NAME.png.
 
-    full   the paper's schedule: days on GPUs
-    short  a day on one GPU; of CIFAR-10, a quarter of an hour a run on a CPU core
-    smoke  two updates of a small network, on the embedded digits where a data set is
-           not there: shows that it runs, not how well
+    full   the paper's networks, data and, where it says one, schedule: days on GPUs
+    short  to fit a day on one GPU; on CIFAR-10 some 20 minutes a run on a CPU core
+    smoke  two updates of a ResNet-8, on the embedded digits where a data set is not
+           there: shows that it runs, not how well
 
 What a run has less than the paper's stands below the table, and in the files.
 """

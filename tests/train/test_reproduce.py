@@ -4,13 +4,22 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tests.train.common import tiny_config
 from tests.train.test_commands import run
 from train import report
 from train.experiment import check, make_network
-from train.reproductions import REPRODUCTIONS, cifar, paper, reproduce_all, table2
+from train.reproductions import (
+    REPRODUCTIONS,
+    cifar,
+    figure5,
+    paper,
+    reproduce_all,
+    table2,
+    table3,
+)
 from train.reproductions.measure import OPTION_A, OPTION_B, steps_to
 from train.reproductions.picture import Curve
 from train.reproductions.result import Result, table
@@ -219,6 +228,31 @@ def test_runs_what_is_missing(tmp_path, capsys):
     capsys.readouterr()
     TINY.reproduce("tiny", Request("full", 1, tmp_path / "none", None, ["cifar10"]))
     assert capsys.readouterr().out.count("not run") == 4
+
+
+def test_speeds_and_their_ratio(tmp_path, monkeypatch):
+    monkeypatch.setattr(table3, "NORMS", {"BN": "batch", "KN": "kalman_paper"})
+    monkeypatch.setitem(table3._SMOKE, "width", 4)
+    monkeypatch.setattr(table3, "ROUNDS", 2)
+    table3.reproduce("table3", Request("smoke", workdir=tmp_path))
+    found = json.loads((tmp_path / "table3.json").read_text())["results"]
+    batch, kalman, ratio = (np.array(line["values"]) for line in found)
+    assert [line["paper"] for line in found] == ["325.74", "320.94", "1.015"]
+    assert batch.shape == (2,) and (batch > 0).all()
+    np.testing.assert_allclose(ratio, batch / kalman)
+    assert "batch_size 8 in place of 32" in found[2]["reduced"]
+
+
+def test_gaps_of_the_variance(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure5, "ROWS", {"BN": cifar.BN})
+    figure5.reproduce("figure5", Request("smoke", 1, tmp_path, "nowhere"))
+    with (tmp_path / "figure5_layers.csv").open() as file:
+        gaps = {line["layer"]: float(line["gap"]) for line in csv.DictReader(file)}
+    assert list(gaps)[0] == "stem_norm" and len(gaps) == 7  # as many as a ResNet-8 has
+    with (tmp_path / "figure5.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert float(line["mean"]) == pytest.approx(np.mean(list(gaps.values())))
+    assert (tmp_path / "figure5.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_table_needs(tmp_path):

@@ -40,9 +40,9 @@ _UNESSENTIAL = (
 def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
     """Returns the run of the paper, cut down.
 
-    ``short`` fits a day on one GPU, all runs of a table, or on CIFAR a quarter of an
-    hour a run on a CPU core. ``smoke`` makes two updates; a data set that is not there
-    becomes the embedded digits.
+    ``short`` is to fit a day on one GPU, all runs of a table together, or on CIFAR-10
+    some 20 minutes a run on a CPU core. ``smoke`` makes two updates; a data set that is
+    not there becomes the embedded digits.
     """
     config = copy.deepcopy(full)
     if scale == "full":
@@ -64,15 +64,13 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
 def _short(config: ConfigDict) -> dict[str, Any]:
     if config.dataset == "imagenet2012":
         return _SHORT_ON_DISK
-    # A small Inception costs as much as six ResNet-20.
-    small = config.network == "small_inception"
-    protocol = (cifar10_tiny if small else cifar10_short).get_config()
-    keys = {key: protocol[key] for key in ("train_examples", "epochs")}
-    if small:
-        return keys | {"eval_epochs": protocol.eval_epochs}
-    return keys | {
-        key: protocol[key] for key in ("network", "blocks_per_stage", "width")
-    }
+    if config.network == "small_inception":  # as dear as six ResNet-20
+        protocol = cifar10_tiny.get_config()
+        keys = "train_examples", "epochs", "eval_epochs"
+    else:
+        protocol = cifar10_short.get_config()
+        keys = "train_examples", "epochs", "network", "blocks_per_stage", "width"
+    return {key: protocol[key] for key in keys}
 
 
 def _images(config: ConfigDict) -> tuple[int, int]:
