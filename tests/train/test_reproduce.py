@@ -177,14 +177,22 @@ def test_table_of_paper_ours_and_difference():
     ]
 
 
+def test_differences_of_rows_are_taken_seed_by_seed():
+    def found(row, *values):
+        return Result(row, "accuracy", "", "accuracy (%)", values)
+
+    rows = [found("BN", 1, 2), found("BKN", 3, 6), found("GN", 5, 0), found("GKN")]
+    bkn, gkn = cifar.FIGURE4._differences(rows)
+    assert (bkn.row, bkn.paper, bkn.values) == ("BKN - BN", "1.5", [2, 4])
+    assert bkn.spread == (3, pytest.approx(2**0.5)) and bkn.difference == 1.5
+    assert (gkn.row, gkn.paper, gkn.values) == ("GKN - GN", "0.4", [])
+
+
 TINY = Trained(
     "tiny",
     tiny_config(),
-    {("BN", "A"): "50", ("KN - BN", "A"): "1.5"},
-    {
-        "BN": {"norm": "batch"},
-        "KN": {"norm": "group"},
-    },
+    {("BN", "A"): "50"},
+    {"BN": {"norm": "batch"}},
     {"A": Column(OPTION_A), "B": Column(OPTION_B)},
     Curve("test_moving_accuracy", "A", by_epoch=True),
 )
@@ -193,46 +201,34 @@ TINY = Trained(
 def test_runs_what_is_missing(tmp_path, capsys):
     """And of all tables those that have their data."""
     request = Request("full", 1, tmp_path, "nowhere")
-    elsewhere = cifar.FIGURE4
     with pytest.raises(FileNotFoundError, match="figure4 not run, for want of data"):
-        reproduce_all(request, {"figure4": elsewhere, "tiny": TINY})
-    out = capsys.readouterr().out
-    assert "not run: no cifar10 in nowhere/cifar10" in out
-    first = list(tmp_path.glob("*/summary.json"))
-    assert len(first) == 2
-    before = {path: path.stat().st_mtime_ns for path in first}
+        reproduce_all(request, {"figure4": cifar.FIGURE4, "tiny": TINY})
+    assert "not run: no cifar10 in nowhere/cifar10" in capsys.readouterr().out
+    (first,) = tmp_path.glob("*/summary.json")
+    before = first.stat().st_mtime_ns
 
     TINY.reproduce("tiny", request._replace(seeds=2))
-    assert before == {path: path.stat().st_mtime_ns for path in first}
-    assert len(list(tmp_path.glob("*/summary.json"))) == 4
-    with (tmp_path / "tiny.csv").open() as file:
-        lines = {(line["row"], line["column"]): line for line in csv.DictReader(file)}
-    accuracies = {
-        (norm, seed): json.loads(
-            (
-                tmp_path / f"digits-cifar_resnet-{norm}-m2-seed{seed}/summary.json"
-            ).read_text()
-        )["test_moving_accuracy"]
-        for norm in ("batch", "group")
-        for seed in (0, 1)
-    }
-    mean = 50 * (accuracies["batch", 0] + accuracies["batch", 1])
-    assert float(lines["BN", "A"]["mean"]) == pytest.approx(mean)
-    assert float(lines["BN", "A"]["difference"]) == pytest.approx(mean - 50)
-    gap = 50 * (accuracies["group", 0] + accuracies["group", 1]) - mean
-    assert float(lines["KN - BN", "A"]["mean"]) == pytest.approx(gap)
-    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert first.stat().st_mtime_ns == before
+    accuracies = [
+        json.loads((run_dir / "summary.json").read_text())["test_moving_accuracy"]
+        for run_dir in sorted(tmp_path.glob("digits-cifar_resnet-batch-m2-seed[01]"))
+    ]
     content = json.loads((tmp_path / "tiny.json").read_text())
-    assert len(content["results"][0]["values"]) == 2
+    assert content["results"][0]["values"] == [100 * each for each in accuracies]
+    with (tmp_path / "tiny.csv").open() as file:
+        option_a, option_b = csv.DictReader(file)
+    assert (option_a["paper"], option_b["paper"]) == ("50", "")
+    assert float(option_a["difference"]) == pytest.approx(50 * sum(accuracies) - 50)
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
     capsys.readouterr()
-    TINY.reproduce("tiny", Request("full", 1, tmp_path / "none", None, ["cifar10"]))
-    assert capsys.readouterr().out.count("not run") == 4
+    TINY.reproduce("tiny", request._replace(datasets=["cifar10"]))
+    assert capsys.readouterr().out.count("not run") == 2
 
 
 def test_speeds_and_their_ratio(tmp_path, monkeypatch):
     monkeypatch.setattr(table3, "NORMS", {"BN": "batch", "KN": "kalman_paper"})
-    monkeypatch.setitem(table3._SMOKE, "width", 4)
+    monkeypatch.setattr(table3, "_SMOKE", table3._SMOKE | {"width": 4, "image_size": 8})
     monkeypatch.setattr(table3, "ROUNDS", 2)
     table3.reproduce("table3", Request("smoke", workdir=tmp_path))
     found = json.loads((tmp_path / "table3.json").read_text())["results"]
