@@ -21,7 +21,7 @@ ROWS = {"BN": cifar.BN, "KN": cifar.KN, f"KN{OURS}": cifar.KN_OURS}
 COLUMN = "mean over all layers"
 MICRO_BATCHES = 256
 
-Gaps = dict[str, float]  # layer -> mean of |var - moving| / moving
+Gaps = dict[str, float]  # layer -> mean of |var - moving| / moving; {}: diverged
 
 
 def reproduce(name: str, request: Request) -> None:
@@ -44,7 +44,10 @@ def reproduce(name: str, request: Request) -> None:
         if label in series:
             runs = series[label]
             gaps[label], maps[label] = _measure(runs, request.data_dir)
-            values = [float(np.mean(list(each.values()))) for each in gaps[label]]
+            values = [
+                float(np.mean(list(each.values()))) if each else float("nan")
+                for each in gaps[label]
+            ]
             found = found._replace(values=values, **runs.described())
         results.append(found)
     print(result.table(results))
@@ -63,16 +66,17 @@ def reproduce(name: str, request: Request) -> None:
 def _measure(
     series: Series, data_dir: str | None
 ) -> tuple[list[Gaps], dict[str, Layers]]:
-    """Returns the gaps of each run that did not diverge, and all estimates of one."""
+    """Returns the gaps of each run, and of one that did not diverge all estimates."""
     gaps, maps = [], {}
     size = series.config.micro_batch_size
     for run, run_dir in zip(series.runs, series.dirs):
+        gaps.append({})
         if not run.diverged:
             experiment, config = restore(run_dir, data_dir)
             images = MICRO_BATCHES * size
             _, maps = collect(experiment, config, size, images, MICRO_BATCHES)
-            by_layer = variance_gaps(maps, "filtered")
-            gaps.append({layer: float(gap.mean()) for layer, gap in by_layer.items()})
+            for layer, gap in variance_gaps(maps, "filtered").items():
+                gaps[-1][layer] = float(gap.mean())
     return gaps, maps
 
 

@@ -32,8 +32,8 @@ def _stepper(config: ConfigDict) -> Stepper:
 
 
 def reproduce(name: str, request: Request) -> None:
-    """Times the steps in turn, in one process, on one micro-batch of 32; ``smoke`` a
-    small network on few small images."""
+    """Times the steps in turn, in one process, on one micro-batch of 32, at scale
+    ``short`` as well; ``smoke`` times a small network on few small images."""
     full = {label: _config(norm) for label, norm in NORMS.items()}
     configs = {label: _config(norm) for label, norm in NORMS.items()}
     if request.scale == "smoke":
