@@ -39,6 +39,8 @@ def plot(
         axis.set_xlabel(unit)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+    if any(each.reduced for each in results):
+        figure.suptitle(f"ours was reduced: see {path.stem}.csv", fontsize="medium")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
