@@ -1,18 +1,13 @@
-"""The programs that are measured: the trainer's step on random images."""
+"""The programs that are measured: the normalisers in the trainer's step."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cifar10_short
-from train.data import Split
-from train.experiment import check, make_network, make_optimizer
-from train.mesh import make_mesh, take
-from train.sets import Dataset
-from train.step import TrainState, create_state, make_train_step
+from train.experiment import check
 
 VARIANTS = {
     "batch": {"norm": "batch"},
@@ -34,16 +29,3 @@ def configure(variant: str, **keys: Any) -> ConfigDict:
     config.update(VARIANTS[variant])
     check(config)
     return config
-
-
-def prepare(config: ConfigDict, size: int) -> tuple[Any, Any, TrainState, Split]:
-    """Returns network, train step, state and a batch of random images of that size."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
-    split = Split(images, random.integers(0, 10, config.batch_size, np.int32))
-    network = make_network(config, Dataset(split, split, 10))
-    optimizer = make_optimizer(config, lambda step: config.learning_rate)
-    mesh = make_mesh(config.batch_size // config.micro_batch_size)
-    state = create_state(network, optimizer, 0, images.shape[1:], mesh)
-    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
-    return network, step, state, take(mesh, split, np.arange(config.batch_size))

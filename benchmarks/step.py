@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 
 from benchmarks import torch_step
 from benchmarks.hlo import count_fusions
-from benchmarks.program import VARIANTS, configure, prepare
+from benchmarks.program import VARIANTS, configure
 from train import cli
 from train import workdir as wd
+from train.speed import Stepper, measure, prepare
 from train.step import TrainState
 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
@@ -61,12 +62,7 @@ def compile_program(config: ConfigDict) -> Program:
         return network.apply(state.variables, x, use_running_average=True)
 
     inference = infer.lower(state, batch.images).compile()
-    held = [state]
-
-    def train() -> None:
-        held[0], metrics = compiled(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
-
+    train = Stepper(compiled, state, batch)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     facts = {
         "compile_seconds": compile_seconds,
@@ -78,20 +74,10 @@ def compile_program(config: ConfigDict) -> Program:
         "inference_fusions": count_fusions(inference.as_text()),
     }
     return Program(
-        train, lambda: jax.block_until_ready(inference(held[0], batch.images)), facts
+        train,
+        lambda: jax.block_until_ready(inference(train.state, batch.images)),
+        facts,
     )
-
-
-def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Times each function once a round, in turn, after one call to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in run}
-    for number in range(rounds + 1):
-        for name, call in run.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:

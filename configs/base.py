@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     # imagenet2012, folder (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk
     config.dataset = "digits"
     config.train_examples = 0  # use the first so many training images; 0: all
+    config.test_examples = 0  # and of the test images
     config.standardize = "channel"  # channel: mean 0, std 1; pixel: (x - mean) / 128
     # Images on disk: random crops of 8 to 100 % of the area, resized, to train; of the
     # shorter side resized to 256/224 of this the centre, to test.

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.hlo import Collective, collectives, count_fusions
-from benchmarks.program import configure, prepare
+from benchmarks.program import configure
+from train.speed import prepare
 
 HLO = """
   %all-reduce = (f32[16,10]{1,0}, f32[4]{0}, /*index=2*/bf16[2]{0}) all-reduce(%a, %b)

@@ -12,11 +12,9 @@ Finished runs are kept and interrupted ones go on when the command runs again. W
 comparison.csv, comparison.json (with command, hardware, versions) and comparison.png.
 """
 
-import copy
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -25,7 +23,7 @@ from kalman_flax import NORMALIZERS
 from train import cli, figure, report
 from train import workdir as wd
 from train.experiment import check
-from train.loop import NonFiniteError, train
+from train.runs import Entry, configure, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _NORMS = flags.DEFINE_list(
@@ -48,13 +46,6 @@ _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
-
-
-class Entry(NamedTuple):
-    """A row of the table: what it is called, and the config keys that it sets."""
-
-    variant: str
-    overrides: dict[str, Any]
 
 
 def parse_norm(text: str) -> Entry:
@@ -93,24 +84,6 @@ def _micro_batch(size: str) -> dict[str, int]:
     return {"micro_batch_size": cli.micro_batch_size(size)}
 
 
-def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
-    """Returns the config of one run.
-
-    Raises:
-        ValueError: a variant sets a key that there is not.
-    """
-    config = copy.deepcopy(config)
-    config.variants = ()  # a run is the same in whichever study
-    for key, value in entry.overrides.items():
-        if key not in config:
-            raise ValueError(
-                f"variant {entry.variant!r} sets {key!r}, which is no key of a config."
-            )
-        config[key] = value
-    config.seed += seed
-    return config
-
-
 def main() -> None:
     """Runs what is missing, prints the table, writes CSV, JSON and PNG."""
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
@@ -124,7 +97,9 @@ def main() -> None:
     runs = []
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
-            runs.append(_run(configure(config, entry, seed), entry.variant, workdir))
+            run_config = configure(config, entry, seed)
+            run_dir = workdir / _run_dir(run_config, entry.variant)
+            runs.append(run(run_config, entry.variant, run_dir, cli.DATA_DIR.value))
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(
@@ -139,16 +114,9 @@ def main() -> None:
     print(f"written: {workdir}/comparison.csv, .json, .png")
 
 
-def _run(config: ConfigDict, variant: str, workdir: pathlib.Path) -> report.Run:
+def _run_dir(config: ConfigDict, variant: str) -> str:
     name = re.sub(r"[^\w.=-]+", "_", variant)
-    run_dir = workdir / f"{name}-m{config.micro_batch_size}-seed{config.seed}"
-    try:
-        summary = train(config, run_dir, cli.DATA_DIR.value)
-    except NonFiniteError as error:
-        print(f"{run_dir.name} diverged: {error}")
-        keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
-        summary = {key: config[key] for key in keys} | {"diverged": True}
-    return report.Run({"variant": variant} | summary, wd.read_metrics(run_dir))
+    return f"{name}-m{config.micro_batch_size}-seed{config.seed}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,18 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from train import workdir as wd
 from train.data import augment, draw_crops
-from train.experiment import Experiment
+from train.experiment import Experiment, build
 from train.mesh import SAME
 from train.step import apply_replicas
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 ESTIMATES = ("observed", "predicted", "filtered", "moving")
 EPSILON = 1e-5  # added to variances, as the normalisers do
@@ -46,6 +44,21 @@ def watched(config: ConfigDict) -> ConfigDict:
             " Kalman normaliser."
         )
     return config
+
+
+def restore(
+    workdir: pathlib.Path, data_dir: str | None
+) -> tuple[Experiment, ConfigDict]:
+    """Returns a run, watched, at its last checkpoint, and its config.
+
+    Raises:
+        FileNotFoundError: no config or no checkpoint in `workdir`, or no data.
+        ValueError: see `watched`.
+    """
+    config = watched(wd.read_config(workdir))
+    experiment = build(config, data_dir)
+    state = wd.last_checkpoint(workdir, experiment.state)
+    return dataclasses.replace(experiment, state=state), config
 
 
 def collect(
@@ -175,13 +188,13 @@ def rows_of(
             },
             "channels": len(truth[layer]["mean"]),
         }
-        for depth, layer in enumerate(_in_order(truth))
+        for depth, layer in enumerate(in_order(truth))
         for kind in ESTIMATES
         if layer in estimates.get(kind, {})
     ]
 
 
-def _in_order(layers: Any) -> list[str]:
+def in_order(layers: Any) -> list[str]:
     """The layers from bottom to top: the stem's first, the final one last."""
     return sorted(
         layers, key=lambda name: (name != "stem_norm", name == "final_norm", name)
@@ -225,50 +238,14 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(
-    path: pathlib.Path,
-    rows: list[dict[str, Any]],
-    summary: list[dict[str, Any]],
-    maps: dict[str, Layers],
-    size: int,
-) -> None:
-    """Draws the errors by micro-batch size and, at `size`, by layer; and from `maps`,
-    the estimates at `size`, the paper's Fig. 5: the gap between the variance used and
-    the moving one, micro-batches by channels."""
-    figure, axes = plt.subplots(2, 3, figsize=(16, 9))
-    sizes = sorted({line["micro_batch_size"] for line in summary})
-    chosen = next(iter(maps.values()))
-    depths = [row for row in rows if row["micro_batch_size"] == size]
-    titles = {
-        "mean_error": "RMS of (mean - mean*) / std*",
-        "variance_error": "RMS of log(var / var*)",
+def variance_gaps(maps: dict[str, Layers], kind: str) -> dict[str, np.ndarray]:
+    """Returns |var - moving| / moving of an estimate, ``[kept, C]`` by layer, from the
+    stem up: the paper's Fig. 5, but relative."""
+    moving = {layer: stats["var"] for layer, stats in maps["moving"].items()}
+    return {
+        layer: np.abs(maps[kind][layer]["var"] - moving[layer]) / moving[layer]
+        for layer in in_order(moving)
     }
-    for column, (name, title) in enumerate(titles.items()):
-        for kind in ESTIMATES:
-            errors_ = [line[name] for line in summary if line["estimate"] == kind]
-            axes[0, column].plot(sizes, errors_, "o-", label=kind)
-            points = [row for row in depths if row["estimate"] == kind]
-            axes[1, column].plot(
-                [row["depth"] for row in points], [row[name] for row in points], "o-"
-            )
-        axes[0, column].set(xscale="log", yscale="log", xlabel="micro-batch size")
-        axes[0, column].set_xticks(sizes, [str(size) for size in sizes])
-        axes[1, column].set(xlabel=f"layer, at micro-batch {size}", yscale="log")
-        axes[0, column].set_title(title)
-    axes[0, 0].legend()
-    layers = _in_order(chosen)
-    layer = layers[len(layers) // 2]
-    for axis, kind in zip(axes[:, 2], ("observed", "filtered")):
-        gap = np.abs(maps[kind][layer]["var"] - maps["moving"][layer]["var"])
-        image = axis.imshow(
-            (gap / maps["moving"][layer]["var"]).T, aspect="auto", vmin=0, vmax=1
-        )
-        axis.set(title=f"{kind}: |var - moving| / moving, {layer}")
-        axis.set(xlabel="micro-batch", ylabel="channel")
-        figure.colorbar(image, ax=axis)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def learned_gains(params: Any) -> dict[str, np.ndarray]:
@@ -281,18 +258,5 @@ def learned_gains(params: Any) -> dict[str, np.ndarray]:
     }
     return {
         layer: np.atleast_1d(jax.nn.sigmoid(logits[layer]))
-        for layer in _in_order(logits)
+        for layer in in_order(logits)
     }
-
-
-def plot_gains(path: pathlib.Path, gains: dict[str, np.ndarray]) -> None:
-    """Draws the gain of every layer, or the spread of those of its channels."""
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(gains) + 1.5))
-    axes.boxplot(list(gains.values()), orientation="horizontal", whis=(0, 100))
-    axes.set_yticks(range(1, len(gains) + 1), list(gains))
-    axes.invert_yaxis()
-    axes.set(xlabel="gain q, the weight of the observation", xlim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

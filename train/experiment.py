@@ -94,7 +94,7 @@ def build(
     return Experiment(
         mesh=mesh,
         train=train,
-        test=dataset.test,
+        test=dataset.test.take(config.test_examples),
         classes=dataset.classes,
         test_name=dataset.test_name,
         network=network,

@@ -31,10 +31,10 @@ def plot(path: pathlib.Path, runs: list[Run]) -> None:
     height = max(4.5, 0.28 * len(members))
     figure, (loss, accuracy, end) = plt.subplots(1, 3, figsize=(16, height))
     for (variant, micro), group in members.items():
-        (line,) = _curve(loss, group, "train_loss", label=f"{variant}, {micro}")
+        (line,) = curve(loss, group, "train_loss", label=f"{variant}, {micro}")
         style = {"color": line.get_color(), "marker": "o", "markersize": 3}
         for option, _, dashes in OPTIONS:
-            _curve(accuracy, group, f"test_{option}_accuracy", 100, ls=dashes, **style)
+            curve(accuracy, group, f"test_{option}_accuracy", 100, ls=dashes, **style)
     sizes = {micro for _, micro in members}
     if len(sizes) > 1:
         _by_size(end, members)
@@ -103,20 +103,26 @@ def _by_variant(axes: Any, members: dict[tuple[str, int], list[Run]]) -> None:
     axes.set_xlabel("test accuracy (%)")
 
 
-def _curve(
-    axes: Any, runs: list[Run], column: str, factor: float = 1.0, **style: Any
+def curve(
+    axes: Any,
+    runs: list[Run],
+    column: str,
+    factor: float = 1.0,
+    steps_per_x: float = 1.0,
+    **style: Any,
 ) -> list[Any]:
-    """Draws the mean over runs of a column by step, with a band of one deviation."""
+    """Draws the mean over runs of a column, times `factor`, by step, of which so many
+    are 1 on the axis, with a band of one deviation."""
     points: dict[int, list[float]] = {}
     for run in runs:
         for line in run.metrics:
             if column in line:
                 points.setdefault(int(line["step"]), []).append(factor * line[column])
     steps = sorted(points)
+    steps = sorted(points)
+    x = np.array(steps) / steps_per_x
     mean = np.array([np.mean(points[step]) for step in steps])
     sd = np.array([np.std(points[step]) for step in steps])
-    lines = axes.plot(steps, mean, **style)
-    axes.fill_between(
-        steps, mean - sd, mean + sd, alpha=0.15, color=lines[0].get_color()
-    )
+    lines = axes.plot(x, mean, **style)
+    axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, color=lines[0].get_color())
     return lines

@@ -73,9 +73,12 @@ def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:
 
 
 def spread(runs: list[Run], column: str) -> tuple[float, float]:
-    """Mean and sample standard deviation over the runs that did not diverge (NaN for
-    none, and NaN deviation for one)."""
-    values = [run.summary[column] for run in runs if not run.diverged]
+    """Mean and sample standard deviation over the runs that did not diverge."""
+    return mean_sd([run.summary[column] for run in runs if not run.diverged])
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for none, and NaN deviation for one)."""
     mean = float(np.mean(values)) if values else float("nan")
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
@@ -105,10 +108,16 @@ def table(runs: list[Run]) -> str:
                 str(micro),
                 str(first.get("devices", "")),
                 str(len(members)) + (f", {lost} diverged" if lost else ""),
-                _cell(spread(members, "test_moving_accuracy"), lambda v: f"{v:.2%}"),
-                _cell(spread(members, "test_batch_accuracy"), lambda v: f"{v:.2%}"),
-                _cell(spread(members, "final_train_loss"), lambda v: f"{v:.3f}"),
-                _cell((spread(members, "seconds")[0], np.nan), lambda v: f"{v:.0f}"),
+                plus_minus(
+                    spread(members, "test_moving_accuracy"), lambda v: f"{v:.2%}"
+                ),
+                plus_minus(
+                    spread(members, "test_batch_accuracy"), lambda v: f"{v:.2%}"
+                ),
+                plus_minus(spread(members, "final_train_loss"), lambda v: f"{v:.3f}"),
+                plus_minus(
+                    (spread(members, "seconds")[0], np.nan), lambda v: f"{v:.0f}"
+                ),
             )
         )
     return markdown(rows)
@@ -125,7 +134,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(mean_sd: tuple[float, float], show: Callable[[float], str]) -> str:
+def plus_minus(mean_sd: tuple[float, float], show: Callable[[float], str]) -> str:
+    """Returns mean ± deviation, or as much of it as there is; no percent signs."""
     mean, sd = (None if np.isnan(v) else show(v).removesuffix("%") for v in mean_sd)
     if mean is None:
         return "-"

@@ -31,22 +31,26 @@ class Dataset(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A data set of TFDS: the splits we use, and how to come by it."""
+    """A data set of TFDS: the splits we use, their examples, how to come by it."""
 
     train: str
     test: str
+    examples: tuple[int, int]
     num_classes: int
     size: str
     in_memory: bool = True
 
 
 _TFDS = {
-    "cifar10": _Known("train", "test", 10, "170 MB to download"),
-    "cifar100": _Known("train", "test", 100, "169 MB to download"),
-    "svhn_cropped": _Known("train+extra", "test", 10, "1.6 GB to download"),
+    "cifar10": _Known("train", "test", (50_000, 10_000), 10, "170 MB to download"),
+    "cifar100": _Known("train", "test", (50_000, 10_000), 100, "169 MB to download"),
+    "svhn_cropped": _Known(
+        "train+extra", "test", (604_388, 26_032), 10, "1.6 GB to download"
+    ),
     "imagenet2012": _Known(
         "train",
         "validation",
+        (1_281_167, 50_000),
         1000,
         "155 GB to download first, by hand: ILSVRC2012_img_train.tar and"
         " ILSVRC2012_img_val.tar from https://image-net.org/download-images, where you"
@@ -54,6 +58,7 @@ _TFDS = {
         in_memory=False,
     ),
 }
+_DIGITS = (1_500, 297)  # images to train and to test
 DATASETS = ("digits", *_TFDS, "folder")
 
 _TEST_FOLDERS = ("val", "validation", "test")
@@ -87,8 +92,7 @@ def load_dataset(
                 " DIR/train/CLASS/ and DIR/val/CLASS/."
             )
         return _folder(pathlib.Path(data_dir).expanduser(), image_size)
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    data_dir = os.path.expanduser(data_dir)
+    data_dir = _tfds_dir(data_dir)
     known = _TFDS[name]
     if known.in_memory:
         return _read(name, data_dir)
@@ -103,15 +107,35 @@ def load_dataset(
     )
 
 
+def check_prepared(name: str, data_dir: str | None = None) -> None:
+    """Looks for a data set without reading it.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says how to prepare it.
+    """
+    if name in _TFDS:
+        _check_folder(name, _tfds_dir(data_dir))
+
+
+def examples(name: str) -> tuple[int, int]:
+    """Returns how many images a set has to train and to test; not for ``"folder"``."""
+    return _DIGITS if name == "digits" else _TFDS[name].examples
+
+
+def _tfds_dir(data_dir: str | None) -> str:
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return os.path.expanduser(data_dir)
+
+
 @functools.cache
 def _digits() -> Dataset:
-    """UCI digits from scikit-learn, 8 x 8: the first 1,500 to train, 297 to test."""
+    """UCI digits from scikit-learn, 8 x 8: the first to train, the others to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = digits.images[..., None].astype(np.uint8)
     labels = digits.target.astype(np.int32)
-    train, test = slice(1500), slice(1500, None)
+    train, test = slice(_DIGITS[0]), slice(_DIGITS[0], None)
     return Dataset(
         Split(images[train], labels[train]),
         Split(images[test], labels[test]),
@@ -142,27 +166,37 @@ def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
     """Opens TFDS' random-access reader, which needs no TensorFlow."""
     import tensorflow_datasets as tfds
 
-    folder = pathlib.Path(data_dir) / name
-    command = (
-        "in an environment that has tensorflow and tensorflow-datasets, with\n"
-        f"    tfds build {name} --file_format=array_record --data_dir=DIR\n"
-        f"({_TFDS[name].size}) and pass --data_dir=DIR or set TFDS_DATA_DIR=DIR."
-    )
     # Asked for data that is not there, TFDS would start to download it.
-    if not list(folder.glob("*/dataset_info.json")):
-        raise FileNotFoundError(f"no {name} in {folder}. Prepare it once, {command}")
+    _check_folder(name, data_dir)
     try:
         return tfds.data_source(name, split=split, data_dir=data_dir, **options)
     except NotImplementedError as error:
         raise ValueError(
-            f"the files of {name} in {folder} are not array_record, which alone can be"
-            f" read in any order. Prepare it again, {command}"
+            f"the files of {name} in {pathlib.Path(data_dir) / name} are not"
+            " array_record, which alone can be read in any order. Prepare it again,"
+            f" {_command(name)}"
         ) from error
 
 
 def _classes(source: Any) -> tuple[str, ...]:
     """The names of the classes, which TFDS keeps beside the images."""
     return tuple(source.dataset_info.features["label"].names)
+
+
+def _check_folder(name: str, data_dir: str) -> None:
+    folder = pathlib.Path(data_dir) / name
+    if not list(folder.glob("*/dataset_info.json")):
+        raise FileNotFoundError(
+            f"no {name} in {folder}. Prepare it once, {_command(name)}"
+        )
+
+
+def _command(name: str) -> str:
+    return (
+        "in an environment that has tensorflow and tensorflow-datasets, with\n"
+        f"    tfds build {name} --file_format=array_record --data_dir=DIR\n"
+        f"({_TFDS[name].size}) and pass --data_dir=DIR or set TFDS_DATA_DIR=DIR."
+    )
 
 
 class _Records(Sequence):

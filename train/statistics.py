@@ -18,15 +18,13 @@ gains.png where the gain was learned.
 """
 
 import csv
-import dataclasses
 import pathlib
 
 import numpy as np
 from absl import flags
 
-from train import cli, estimates
+from train import cli, estimates, estimates_figure
 from train import workdir as wd
-from train.experiment import build
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
@@ -49,10 +47,7 @@ _KEPT = flags.DEFINE_integer(
 def main() -> None:
     """Restores the run, measures, prints, and writes CSV, JSON and figure."""
     workdir = pathlib.Path(_WORKDIR.value)
-    config = estimates.watched(wd.read_config(workdir))
-    experiment = build(config, cli.DATA_DIR.value)
-    state = wd.last_checkpoint(workdir, experiment.state)
-    experiment = dataclasses.replace(experiment, state=state)
+    experiment, config = estimates.restore(workdir, cli.DATA_DIR.value)
     rows, sizes = [], [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value]
     own = config.micro_batch_size if config.micro_batch_size in sizes else sizes[0]
     for size in sizes:
@@ -73,13 +68,13 @@ def main() -> None:
         workdir / "statistics.json",
         {**wd.provenance(), "config": config.to_dict(), "summary": summary},
     )
-    estimates.plot(workdir / "statistics.png", rows, summary, pictured, own)
+    estimates_figure.plot(workdir / "statistics.png", rows, summary, pictured, own)
     print(f"written: {workdir}/statistics.csv, .json, .png")
-    if gains := estimates.learned_gains(state.params):
+    if gains := estimates.learned_gains(experiment.state.params):
         everything = np.concatenate(list(gains.values()))
         low, median, high = np.quantile(everything, (0.0, 0.5, 1.0))
         print(f"learned gains: median {median:.3f}, {low:.3f} to {high:.3f}; gains.png")
-        estimates.plot_gains(workdir / "gains.png", gains)
+        estimates_figure.plot_gains(workdir / "gains.png", gains)
 
 
 if __name__ == "__main__":

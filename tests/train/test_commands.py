@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 
 from tests.train.common import tiny_config
 from train import report
-from train.compare import Entry, at_sizes, chosen, configure, parse_norm
+from train.compare import at_sizes, chosen, parse_norm
 from train.experiment import check
+from train.runs import Entry, configure
 
 STUDIES = ("ablation", "micro_batch_sizes", "single_device", "robustness")
 TINY = (

@@ -11,7 +11,15 @@ from jax import lax
 
 from tests.train.common import tiny_config
 from tests.train.test_commands import TINY, run
-from train.estimates import ESTIMATES, _Pooled, collect, rows_of, summarise, watched
+from train.estimates import (
+    ESTIMATES,
+    _Pooled,
+    collect,
+    rows_of,
+    summarise,
+    variance_gaps,
+    watched,
+)
 from train.experiment import build
 
 
@@ -86,6 +94,18 @@ def test_summary_weighs_channels_alike():
         for channels, error in ((1, 2.0), (3, 0.0))
     ]
     assert [line["mean_error"] for line in summarise(rows)] == [1.0] * len(ESTIMATES)
+
+
+def test_gaps_to_the_moving_variance():
+    maps = {
+        "filtered": {"final_norm": {"var": np.array([[1.0, 4.0], [3.0, 5.0]])}},
+        "moving": {"final_norm": {"var": np.array([[2.0, 5.0]])}},
+    }
+    for kind in maps:
+        maps[kind]["stem_norm"] = {"var": np.ones((1, 2))}
+    gaps = variance_gaps(maps, "filtered")
+    assert list(gaps) == ["stem_norm", "final_norm"]
+    np.testing.assert_allclose(gaps["final_norm"], [[0.5, 0.2], [0.5, 0.0]])
 
 
 def test_command(tmp_path):

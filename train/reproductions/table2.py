@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -11,14 +10,16 @@ import numpy as np
 
 from kalman_flax import NETWORKS, normalization
 from train.report import markdown
+from train.reproductions import paper
+from train.reproductions.trained import Request
 
-NETWORK_NAMES = ("inception_v2", "resnet101", "resnet50")
+TITLE = "parameters of Inception-v2, ResNet-101 and ResNet-50 under BN, GN and KN"
 
-#: What the paper prints, in millions, for each of `NETWORK_NAMES`.
-PAPER = {
-    "BN": ("11.29", "44.55", "25.56"),
-    "GN": ("11.29", "44.55", "25.56"),
-    "KN": ("11.30", "44.60", "25.58"),
+#: Our networks, and what the paper calls them.
+NETWORK_NAMES = {
+    "inception_v2": "Inceptionv2",
+    "resnet101": "ResNet101",
+    "resnet50": "ResNet50",
 }
 
 #: Our normalisers: label, line of the paper, name. `kalman_paper` learns what the paper
@@ -61,11 +62,11 @@ def rows() -> list[Row]:
     """Returns the table, normaliser by normaliser."""
     result = []
     for label, line, norm in NORMALIZER_ROWS:
-        printed = PAPER[line] if line else [""] * len(NETWORK_NAMES)
-        for network, paper in zip(NETWORK_NAMES, printed, strict=True):
+        for network, column in NETWORK_NAMES.items():
+            printed = paper.TABLE2.get((line, column), "")
             parameters = count(network, norm)
             ours = f"{parameters / 1e6:.2f}"
-            result.append(Row(label, network, parameters, ours, paper))
+            result.append(Row(label, network, parameters, ours, printed))
     return result
 
 
@@ -76,23 +77,20 @@ def verdict(table: list[Row]) -> str:
     return f"{same} of {len(compared)} cells agree with the paper to its printed digits"
 
 
-def reproduce(workdir: pathlib.Path | None) -> None:
-    """Parameters of Inception-v2, ResNet-101 and ResNet-50 under BN, GN and KN.
+def reproduce(name: str, request: Request) -> None:
+    """Counts, at any scale, prints the table and, given a workdir, writes NAME.csv.
 
     All printed digits are the paper's: the Inception-v2 with the widths of Ioffe and
     Szegedy (2015), no convolution before a norm with a bias, KN as `NOTE` says. The
     stride placement of the ResNets changes no parameter.
-
-    Args:
-        workdir: None, or where to write table2.csv.
     """
     table = rows()
     print(markdown([("normaliser", "network", "parameters", "ours (M)", "paper (M)")]
                    + [(row.normalizer, row.network, f"{row.parameters:,}", row.ours,
                        row.paper or "-") for row in table]))  # fmt: skip
     print(f"{verdict(table)}.\n{NOTE}")
-    if workdir is not None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with (workdir / "table2.csv").open("w", newline="") as file:
+    if request.workdir is not None:
+        request.workdir.mkdir(parents=True, exist_ok=True)
+        with (request.workdir / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerows([Row._fields, *table])

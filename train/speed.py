@@ -1,0 +1,57 @@
+"""The time of a training step on random images, several programs in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from train.data import Split
+from train.experiment import make_network, make_optimizer
+from train.mesh import make_mesh, take
+from train.sets import Dataset
+from train.step import TrainState, create_state, make_train_step
+
+
+def prepare(
+    config: ConfigDict, size: int, num_classes: int = 10
+) -> tuple[Any, Any, TrainState, Split]:
+    """Returns network, train step, state and a batch of random images of that size."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
+    labels = random.integers(0, num_classes, config.batch_size, np.int32)
+    split = Split(images, labels)
+    network = make_network(config, Dataset(split, split, num_classes))
+    optimizer = make_optimizer(config, lambda step: config.learning_rate)
+    mesh = make_mesh(config.batch_size // config.micro_batch_size)
+    state = create_state(network, optimizer, 0, images.shape[1:], mesh)
+    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    return network, step, state, take(mesh, split, np.arange(config.batch_size))
+
+
+class Stepper:
+    """Called, runs an update to its end, and keeps the state for the next."""
+
+    def __init__(self, step: Callable, state: TrainState, batch: Split):
+        self.step, self.state, self.batch = step, state, batch
+
+    def __call__(self) -> None:
+        """Runs it."""
+        self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+
+
+def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times each function once a round, in turn, after one call to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for number in range(rounds + 1):
+        for name, call in run.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
