@@ -1,6 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Huge pages: XLA:CPU takes the memory of every step anew, page by page; see
+# docs/performance.md. Where there is no glibc it means nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: train test lint clean
 
 # Batch norm and Kalman Normalization side by side on the embedded digits.
