@@ -36,5 +36,12 @@ def _bytes(dtype: str, dimensions: str) -> int:
 
 
 def count_fusions(hlo: str) -> int:
-    """Returns the number of fusions and other kernels in a compiled program."""
-    return len(re.findall(r"\S+ = .* (?:fusion|custom-call|convolution|dot)\(", hlo))
+    """Returns the number of fusions and other kernels in a compiled program, without
+    what is inside of a fusion."""
+    fused = set(re.findall(r" fusion\(.*calls=(%[\w.\-]+)", hlo))
+    computations = re.split(r"\n(?=\S)", hlo)
+    return sum(
+        len(re.findall(r"\S+ = .* (?:fusion|custom-call|convolution|dot)\(", text))
+        for text in computations
+        if text.split(" ", 1)[0] not in fused
+    )
