@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,7 +15,10 @@ from train.mesh import make_mesh, take
 from train.sets import Dataset
 from train.step import TrainState, create_state, make_train_step
 
+BASELINE = "flax"
 VARIANTS = {
+    # `nn.BatchNorm` as Flax has it, and with two centred passes for the variance.
+    "flax": {"norm": "batch", "norm_options": '{"use_fast_variance": true}'},
     "batch": {"norm": "batch"},
     "ours": {"norm": "kalman", "norm_options": '{"gain": 1.0}'},
     "group": {"norm": "group"},
@@ -47,3 +51,14 @@ def prepare(config: ConfigDict, size: int) -> tuple[Any, Any, TrainState, Split]
     state = create_state(network, optimizer, 0, images.shape[1:], mesh)
     step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
     return network, step, state, take(mesh, split, np.arange(config.batch_size))
+
+
+def compile_inference(network: Any, state: TrainState, images: jax.Array) -> Any:
+    """Compiles inference by moving statistics (option A)."""
+
+    @jax.jit
+    def infer(state: TrainState, images: jax.Array) -> jax.Array:
+        x = images / 128.0 - 1.0
+        return network.apply(state.variables, x, use_running_average=True)
+
+    return infer.lower(state, images).compile()
