@@ -2,18 +2,23 @@
 
     python -m benchmarks.step --workdir=runs/step
     python -m benchmarks.step --micro_batch_sizes=1,2,8,32,128 --torch \\
+        --networks=cifar_resnet,resnet32,small_inception \\
         --dtypes=float32,bfloat16 --workdir=runs/step
+    python -m benchmarks.step --networks=resnet50 --size=224 --workdir=runs/step50
 
 Times the trainer's own step on random images, and inference by moving statistics, all
-normalisers in turn in one process: on a busy machine ratios hold, times do not. Beside
-them stands what XLA says of the compiled step: operations, bytes, fusions, memory. All
-ratios are to `batch`, which is Flax's `nn.BatchNorm`; `ours` is `KalmanNorm` with gain
-1, which is batch norm by our own code. Prints a table and writes step.json.
+normalisers and micro-batch sizes in turn in one process: on a busy machine ratios hold,
+times do not. Beside them stands what XLA says of the compiled step: operations, bytes,
+fusions, memory. Ratios are to `flax`, which is `nn.BatchNorm` as Flax has it, at the
+same micro-batch size; `batch` computes its variance in two centred passes, `ours` is
+`KalmanNorm` with gain 1, which is batch norm by our own code. "of one batch" is the
+throughput as a share of the same normaliser's at the largest micro-batch size: what
+independent replicas cost. Prints a table and writes step.json.
 """
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,21 +27,23 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import torch_step
-from benchmarks.hlo import count_fusions
-from benchmarks.program import VARIANTS, configure
+from benchmarks.hlo import bytes_moved, count_fusions
+from benchmarks.program import BASELINE, VARIANTS, compile_inference, configure
 from train import cli
 from train import workdir as wd
-from train.speed import Stepper, measure, prepare
-from train.step import TrainState
+from train.speed import Stepper, measure, prepare, ratio
 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
-_BLOCKS = flags.DEFINE_integer("blocks", 3, "n of the ResNet of 6n + 2 layers.")
+_NETWORKS = flags.DEFINE_list("networks", "cifar_resnet", "Of kalman_flax.NETWORKS.")
+_BLOCKS = flags.DEFINE_integer("blocks", 3, "n of cifar_resnet, of 6n + 2 layers.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors of it.")
 _DTYPES = flags.DEFINE_list("dtypes", "float32", "Of float32, bfloat16.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timings of each.", lower_bound=1)
-_TORCH = flags.DEFINE_bool("torch", False, "Time PyTorch's step too, if installed.")
+_TORCH = flags.DEFINE_bool(
+    "torch", False, "Time PyTorch's cifar_resnet too, if installed."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for step.json.")
 
 
@@ -56,18 +63,13 @@ def compile_program(config: ConfigDict) -> Program:
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
 
-    @jax.jit
-    def infer(state: TrainState, images: jax.Array) -> jax.Array:
-        x = images / 128.0 - 1.0
-        return network.apply(state.variables, x, use_running_average=True)
-
-    inference = infer.lower(state, batch.images).compile()
+    inference = compile_inference(network, state, batch.images)
     train = Stepper(compiled, state, batch)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     facts = {
         "compile_seconds": compile_seconds,
         "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
+        "bytes": bytes_moved(compiled),
         "fusions": count_fusions(compiled.as_text()),
         "memory_bytes": memory.temp_size_in_bytes,
         "inference_flops": inference.cost_analysis()["flops"],
@@ -80,60 +82,62 @@ def compile_program(config: ConfigDict) -> Program:
     )
 
 
-def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of the ratios round by round: what slows a whole round
-    leaves them alone."""
-    ratios = np.array(seconds) / np.array(baseline)
-    return tuple(float(q) for q in np.quantile(ratios, (0.5, 0.25, 0.75)))
-
-
-def compare(micro_batch_size: int, dtype: str) -> list[dict[str, Any]]:
-    """Measures all variants at one micro-batch size; a row for each."""
+def compare(network: str, dtype: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Measures all variants at all micro-batch sizes; a row for each."""
     keys = dict(
+        network=network,
         blocks_per_stage=_BLOCKS.value,
         batch_size=_BATCH_SIZE.value,
-        micro_batch_size=micro_batch_size,
         dtype=dtype,
     )
-    made = {v: compile_program(configure(v, **keys)) for v in _VARIANTS.value}
-    steps = {variant: program.train for variant, program in made.items()}
-    if _TORCH.value:
+    made = {
+        (variant, size): compile_program(
+            configure(variant, micro_batch_size=size, **keys)
+        )
+        for size in sizes
+        for variant in _VARIANTS.value
+    }
+    steps = {key: program.train for key, program in made.items()}
+    if _TORCH.value and network == "cifar_resnet":
         shape = (_BATCH_SIZE.value, 3, _SIZE.value, _SIZE.value)
-        steps["torch"] = torch_step.make(shape, _BLOCKS.value, dtype)
+        steps["torch", max(sizes)] = torch_step.make(shape, _BLOCKS.value, dtype)
     train = measure(steps, _ROUNDS.value)
-    infer = measure({v: p.infer for v, p in made.items()}, _ROUNDS.value)
+    infer = measure({key: p.infer for key, p in made.items()}, _ROUNDS.value)
     rows = []
-    for name, seconds in train.items():
+    for (variant, size), seconds in train.items():
+        of_whole = ratio(train[variant, max(sizes)], seconds)
         rows.append(
             {
-                "variant": name,
+                "variant": variant,
+                "network": network,
                 "dtype": dtype,
-                "micro_batch_size": micro_batch_size,
+                "micro_batch_size": size,
                 "step_seconds": float(np.median(seconds)),
-                "step_ratio": ratio(seconds, train["batch"]),
+                "step_ratio": ratio(seconds, train[BASELINE, size]),
+                "share_of_one_batch": of_whole,
                 "images_per_second": _BATCH_SIZE.value / float(np.median(seconds)),
             }
         )
-        if name in made:
-            rows[-1] |= {
-                "inference_ratio": ratio(infer[name], infer["batch"]),
-                **made[name].facts,
-            }
+        if program := made.get((variant, size)):
+            inference = ratio(infer[variant, size], infer[BASELINE, size])
+            rows[-1] |= {"inference_ratio": inference, **program.facts}
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows as Markdown, with ratios to the first of them."""
+    """Returns the rows as Markdown, with ratios to `BASELINE`."""
     lines = [
-        "| variant | dtype | micro-batch | images/s | step | quartiles | inference"
-        " | flops | bytes | memory | fusions | compile |",
-        "|" + "---|" * 12,
+        "| variant | network | dtype | micro-batch | images/s | of one batch | step"
+        " | quartiles | inference | flops | bytes | memory | fusions | compile |",
+        "|" + "---|" * 14,
     ]
-    base = rows[0]
+    bases = {r["micro_batch_size"]: r for r in rows if r["variant"] == BASELINE}
     for row in rows:
+        base = bases[row["micro_batch_size"]]
         step, low, high = row["step_ratio"]
-        cells = [row["variant"], row["dtype"], row["micro_batch_size"]]
-        cells += [f"{row['images_per_second']:.0f}", f"{step:.3f}"]
+        cells = [row["variant"], row["network"], row["dtype"], row["micro_batch_size"]]
+        cells += [f"{row['images_per_second']:.0f}"]
+        cells += [f"{row['share_of_one_batch'][0]:.2f}", f"{step:.3f}"]
         cells += [f"{low:.3f} to {high:.3f}"]
         if "flops" in row:
             cells += [f"{row['inference_ratio'][0]:.3f}"]
@@ -149,12 +153,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures, prints and writes."""
-    if "batch" not in _VARIANTS.value:
-        raise ValueError("--variants must hold batch, which the ratios are to.")
+    if BASELINE not in _VARIANTS.value:
+        raise ValueError(f"--variants must hold {BASELINE}, which the ratios are to.")
+    sizes = [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value]
     rows = []
-    for dtype in _DTYPES.value:
-        for size in map(cli.micro_batch_size, _MICRO_BATCH_SIZES.value):
-            compared = compare(size, dtype)
+    for network in _NETWORKS.value:
+        for dtype in _DTYPES.value:
+            compared = compare(network, dtype, sizes)
             print(table(compared), flush=True)
             rows += compared
     path = pathlib.Path(_WORKDIR.value)

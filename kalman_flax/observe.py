@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kalman_flax.state import KalmanState, check_choice
 
@@ -68,11 +72,11 @@ def _moments(
     x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, axis_name: str | None
 ) -> KalmanState:
     if mask is None and axis_name is None:
-        return KalmanState(jnp.mean(x, axes), jnp.var(x, axes))
+        return KalmanState(*_mean_and_variance(x, axes))
 
     def total(values: jax.Array) -> jax.Array:
         result = jnp.sum(values, axes, where=mask, keepdims=True)
-        return result if axis_name is None else jax.lax.psum(result, axis_name)
+        return result if axis_name is None else lax.psum(result, axis_name)
 
     count = jnp.maximum(total(jnp.ones_like(x)), 1.0)
     mean = total(x) / count
@@ -80,3 +84,23 @@ def _moments(
     centred = x - mean if mask is None else jnp.where(mask, x - mean, 0.0)
     var = total(jnp.square(centred)) / count
     return KalmanState(jnp.squeeze(mean, axes), jnp.squeeze(var, axes))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _mean_and_variance(
+    x: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    return jnp.mean(x, axes), jnp.var(x, axes)
+
+
+@_mean_and_variance.defjvp
+def _mean_and_variance_jvp(
+    axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    """d mean = E[dx]; d var = 2 E[(x - mean) dx], for E[(x - mean) d mean] is 0: one
+    sum over the positions less in the backward pass."""
+    (x,), (d_x,) = primals, tangents
+    mean, var = _mean_and_variance(x, axes)
+    # The barrier has XLA subtract again: it would keep x - mean in memory, beside x.
+    centred = x - jnp.expand_dims(lax.optimization_barrier(mean), axes)
+    return (mean, var), (jnp.mean(d_x, axes), 2.0 * jnp.mean(centred * d_x, axes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -87,8 +89,28 @@ def normalize(
         return jnp.moveaxis(stat, -1, axis)
 
     mean, var = (jnp.asarray(stat, jnp.float32) for stat in state)
-    y = (x - expand(mean)) * expand(scale * lax.rsqrt(var + epsilon))
-    return y + expand(bias)
+    slope = lax.rsqrt(var + epsilon) * scale
+    return _affine(x, expand(mean), expand(slope), expand(bias))
+
+
+@jax.custom_jvp
+def _affine(
+    x: jax.Array, centre: jax.Array, slope: jax.Array, offset: jax.Array
+) -> jax.Array:
+    return (x - centre) * slope + offset
+
+
+@_affine.defjvp
+def _affine_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The product rule, with what is the same at all positions summed up first: in the
+    backward pass two sums over the positions give all gradients."""
+    x, centre, slope, _ = primals
+    d_x, d_centre, d_slope, d_offset = tangents
+    # The barriers have XLA subtract again, as in `observe`, and take the one sum over
+    # the positions for both gradients that it gives.
+    everywhere = lax.optimization_barrier(d_offset - slope * d_centre)
+    centred = x - lax.optimization_barrier(centre)
+    return _affine(*primals), slope * d_x + centred * d_slope + everywhere
 
 
 def normalized_state(

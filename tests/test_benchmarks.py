@@ -2,16 +2,28 @@
 
 import pytest
 
-from benchmarks.hlo import Collective, collectives, count_fusions
-from benchmarks.program import configure
+from benchmarks.hlo import (
+    Collective,
+    bytes_moved,
+    collectives,
+    count_fusions,
+    operations,
+)
+from benchmarks.program import compile_inference, configure
 from train.speed import prepare
 
 HLO = """
+%fused (a: f32[]) -> f32[] {
+  ROOT %inside = f32[4]{0} dot(%a, %a)
+}
+
+ENTRY %main () -> f32[4] {
   %all-reduce = (f32[16,10]{1,0}, f32[4]{0}, /*index=2*/bf16[2]{0}) all-reduce(%a, %b)
   %gathered = s8[3]{0} all-gather-start(%d), dimensions={0}
-  ROOT %fusion.1 = f32[]{} fusion(%all-reduce), kind=kLoop
+  ROOT %fusion.1 = f32[]{} fusion(%all-reduce), kind=kLoop, calls=%fused
   %conv = f32[2,8,8,4]{3,2,1,0} convolution(%x, %w), dim_labels=b01f_01io->b01f
   %add = f32[4]{0} add(%fusion.1, %convolution)
+}
 """
 
 
@@ -38,3 +50,35 @@ def test_the_filter_adds_next_to_no_operations(micro_batch_size):
     assert kalman < 1.01 * batch
     if micro_batch_size == 2:
         assert flops("kalman_mc", micro_batch_size) > 1.1 * batch
+
+
+def program(variant, **keys):
+    """A small ResNet's, on every device four micro-batches of 2."""
+    return prepare(configure(variant, batch_size=64, **keys), size=32)
+
+
+def test_the_filter_costs_no_more_memory_than_batch_norm():
+    """Nor bytes: its backward pass keeps only the input, and reads it less often. What
+    it does cost are kernels, on vectors of the state."""
+
+    def facts(variant):
+        _, step, state, batch = program(variant, blocks_per_stage=1, micro_batch_size=2)
+        compiled = step.lower(state, batch).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return memory, bytes_moved(compiled), count_fusions(compiled.as_text())
+
+    (memory, moved, kernels), flax = facts("kalman"), facts("flax")
+    assert memory < 0.85 * flax[0]
+    assert moved < 0.95 * flax[1]
+    assert kernels < 1.6 * flax[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inference_is_the_program_of_batch_norm(dtype):
+    def inference(variant):
+        keys = dict(blocks_per_stage=1, micro_batch_size=64, dtype=dtype)
+        network, _, state, batch = program(variant, **keys)
+        return operations(compile_inference(network, state, batch.images).as_text())
+
+    assert inference("kalman") == inference("flax")
+    assert inference("kalman") != inference("group")

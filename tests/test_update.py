@@ -163,6 +163,25 @@ def test_normalize_without_variance_has_finite_gradients():
     )
 
 
+def test_derivatives_of_both_orders_are_those_of_the_plain_formula():
+    """`observe` and `normalize` have rules of their own, forward mode included."""
+
+    def ours(x, scale, bias):
+        return jnp.sum(jnp.sin(kf.normalize(x, kf.observe(x), scale, bias)))
+
+    def plain(x, scale, bias):
+        mean, var = jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
+        return jnp.sum(jnp.sin((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias))
+
+    arguments = (draw(3, 2, 2).mean, *draw(2, seed=1))
+    for derive in (jax.grad, jax.hessian):
+        actual, expected = (
+            jax.jit(derive(loss, argnums=(0, 1, 2)))(*arguments)
+            for loss in (ours, plain)
+        )
+        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_state_is_the_carry_of_a_scan():
     """Three steps of predict and update, as a loop and as one scan."""
     kernels = np.float32(np.random.default_rng(1).normal(size=(3, 4, 4)))

@@ -55,3 +55,10 @@ def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios round by round: what slows a whole round
+    leaves them alone."""
+    ratios = np.array(seconds) / np.array(baseline)
+    return tuple(float(q) for q in np.quantile(ratios, (0.5, 0.25, 0.75)))

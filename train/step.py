@@ -249,7 +249,7 @@ def make_train_step(
         }
         return state, metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _in_turn(
@@ -267,7 +267,7 @@ def _in_turn(
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
-def _compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str]:
     """XLA:CPU drops optimisation barriers before it fuses; KalmanNorm needs its own.
 
     Without them it computes the filter's small vectors again at every pixel.

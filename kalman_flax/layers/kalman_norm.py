@@ -164,6 +164,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             )
         if use_running_average:
             return x.replace(state=running)
+        # Has XLA form the gradient of the input once, not for each of its readers anew.
+        x = x.replace(value=jax.lax.optimization_barrier(x.value))
         state = self._observe(x.value, axis=self.axis, mask=mask)
         self._report("observed", state)
         if predicted is not None:
