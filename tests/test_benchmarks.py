@@ -10,6 +10,7 @@ from benchmarks.hlo import (
     operations,
 )
 from benchmarks.program import compile_inference, configure
+from benchmarks.trainer import between_lines
 from train.speed import prepare
 
 HLO = """
@@ -82,3 +83,14 @@ def test_inference_is_the_program_of_batch_norm(dtype):
 
     assert inference("kalman") == inference("flax")
     assert inference("kalman") != inference("group")
+
+
+def test_the_trainers_throughput_is_between_tests():
+    log = [
+        {"step": 20, "seconds": 30.0, "train_loss": 2.0},
+        {"step": 40, "seconds": 40.0, "train_loss": 1.9},
+        {"step": 40, "seconds": 60.0, "test_moving_loss": 1.9},
+        {"step": 60, "seconds": 70.0, "train_loss": 1.8},
+        {"step": 80, "seconds": 90.0, "train_loss": 1.7},
+    ]
+    assert between_lines(log, batch_size=8) == [16.0, 8.0]
