@@ -9,7 +9,6 @@ what slows the machine for a while slows both. The trainer's throughput is that 
 the lines of its log, tests left out. Prints both and writes trainer.json.
 """
 
-import itertools
 import pathlib
 
 import numpy as np
@@ -20,21 +19,11 @@ from train import cli
 from train import workdir as wd
 from train.experiment import build
 from train.loop import train
-from train.speed import Stepper, measure
+from train.speed import Stepper, between_lines, measure
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _ROUNDS = flags.DEFINE_integer("rounds", 40, "Bare steps to time.", lower_bound=2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for trainer.json.")
-
-
-def between_lines(lines: list[dict[str, float]], batch_size: int) -> list[float]:
-    """Returns images per second between the lines of a log, but where a test lies
-    between them."""
-    return [
-        batch_size * (line["step"] - last["step"]) / (line["seconds"] - last["seconds"])
-        for last, line in itertools.pairwise(lines)
-        if "train_loss" in last and "train_loss" in line
-    ]
 
 
 def main() -> None:

@@ -10,8 +10,7 @@ from benchmarks.hlo import (
     operations,
 )
 from benchmarks.program import compile_inference, configure
-from benchmarks.trainer import between_lines
-from train.speed import prepare
+from train.speed import between_lines, prepare
 
 HLO = """
 %fused (a: f32[]) -> f32[] {

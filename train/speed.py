@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,3 +63,13 @@ def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, fl
     leaves them alone."""
     ratios = np.array(seconds) / np.array(baseline)
     return tuple(float(q) for q in np.quantile(ratios, (0.5, 0.25, 0.75)))
+
+
+def between_lines(lines: list[dict[str, float]], batch_size: int) -> list[float]:
+    """Returns images per second between the lines of a log, but where a test lies
+    between them."""
+    return [
+        batch_size * (line["step"] - last["step"]) / (line["seconds"] - last["seconds"])
+        for last, line in itertools.pairwise(lines)
+        if "train_loss" in last and "train_loss" in line
+    ]
