@@ -47,12 +47,15 @@ class Stepper:
 
 
 def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Times each function once a round, in turn, after one call to warm up."""
+    """Times each function once a round, after one call to warm up; in random order, as
+    what ran before leaves its mark on caches, memory and waiting threads."""
     seconds: dict[str, list[float]] = {name: [] for name in run}
+    random, names = np.random.default_rng(0), list(run)
     for number in range(rounds + 1):
-        for name, call in run.items():
+        for index in random.permutation(len(names)):
+            name = names[index]
             start = time.perf_counter()
-            call()
+            run[name]()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
