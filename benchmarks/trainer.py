@@ -3,10 +3,11 @@
     python -m benchmarks.trainer --config=configs/cifar10_tiny.py --data_dir=DIR \\
         --workdir=runs/trainer
 
-Trains as `python -m train` does, with its reading, logging and checkpoints, and times
-the same step on one batch that is already there, half before and half after: so that
-what slows the machine for a while slows both. The trainer's throughput is that between
-the lines of its log, tests left out. Prints both and writes trainer.json.
+Trains as `python -m train` does, with its reading, logging and checkpoints, several
+times over; and before and after each time the same step on one batch that is already
+there: so that what slows the machine for a while slows both. The trainer's throughput
+is that between the lines of its log, tests left out. Prints both, and the share that
+the one is of the other time by time, and writes trainer.json.
 """
 
 import pathlib
@@ -19,38 +20,42 @@ from train import cli
 from train import workdir as wd
 from train.experiment import build
 from train.loop import train
-from train.speed import Stepper, between_lines, measure
+from train.speed import Stepper, between_lines, measure, quartiles, ratio
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
-_ROUNDS = flags.DEFINE_integer("rounds", 40, "Bare steps to time.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often to train.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for trainer.json.")
+
+#: bare steps, before and after each time
+_STEPS = 10
 
 
 def main() -> None:
     """Measures, prints and writes."""
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    run = workdir / "run"
-    if run.exists():
-        raise ValueError(f"{run} is there already, and would not be trained again.")
+    runs = [workdir / f"run{number}" for number in range(_ROUNDS.value)]
+    if there := [str(run) for run in runs if run.exists()]:
+        raise ValueError(f"{there} would not be trained again; choose another workdir.")
     experiment = build(config, cli.DATA_DIR.value)
     step = Stepper(experiment.train_step, experiment.state, experiment.batch(0))
-    seconds = measure({"step": step}, _ROUNDS.value // 2)["step"]
-    train(config, run, cli.DATA_DIR.value)
-    seconds += measure({"step": step}, _ROUNDS.value // 2)["step"]
-    bare = config.batch_size / np.array(seconds)
-    whole = between_lines(wd.read_metrics(run), config.batch_size)
+    bare, whole = [], []
+    for run in runs:
+        seconds = measure({"step": step}, _STEPS)["step"]
+        train(config, run, cli.DATA_DIR.value)
+        seconds += measure({"step": step}, _STEPS)["step"]
+        bare.append(config.batch_size / float(np.median(seconds)))
+        lines = between_lines(wd.read_metrics(run), config.batch_size)
+        whole.append(float(np.median(lines)))
     found = {
-        "bare_images_per_second": np.quantile(bare, (0.5, 0.25, 0.75)).tolist(),
-        "trainer_images_per_second": np.quantile(whole, (0.5, 0.25, 0.75)).tolist(),
-        "share": float(np.median(whole) / np.median(bare)),
+        "bare_images_per_second": quartiles(bare),
+        "trainer_images_per_second": quartiles(whole),
+        "share": ratio(whole, bare),
     }
     wd.write_json(workdir / "trainer.json", wd.provenance() | found)
-    for name, middle, low, high in (
-        ("bare step", *found["bare_images_per_second"]),
-        ("trainer", *found["trainer_images_per_second"]),
-    ):
-        print(f"{name}: {middle:.0f} images/s, quartiles {low:.0f} to {high:.0f}")
-    print(f"share: {found['share']:.3f}\nwritten: {workdir}/trainer.json")
+    print("median and quartiles over the rounds")
+    for name, (middle, low, high) in found.items():
+        print(f"{name.replace('_', ' ')}: {middle:.4g}, {low:.4g} to {high:.4g}")
+    print(f"written: {workdir}/trainer.json")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,11 +61,15 @@ def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
     return seconds
 
 
-def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:
+def ratio(values: list[float], baseline: list[float]) -> tuple[float, float, float]:
     """Median and quartiles of the ratios round by round: what slows a whole round
     leaves them alone."""
-    ratios = np.array(seconds) / np.array(baseline)
-    return tuple(float(q) for q in np.quantile(ratios, (0.5, 0.25, 0.75)))
+    return quartiles(np.array(values) / np.array(baseline))
+
+
+def quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    return tuple(float(q) for q in np.quantile(values, (0.5, 0.25, 0.75)))
 
 
 def between_lines(lines: list[dict[str, float]], batch_size: int) -> list[float]:
