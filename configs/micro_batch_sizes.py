@@ -3,6 +3,9 @@
     python -m train.compare --config=configs/micro_batch_sizes.py --seeds=2 \\
         --micro_batch_sizes=1,2,8,128 --workdir=runs/sizes --data_dir=DIR
 
+By the tiny protocol, ResNet-8; ``--config=configs/micro_batch_sizes.py:short`` takes
+the short one, ResNet-20.
+
 Those that normalise each image by itself are run once, at micro-batch 2: it means
 nothing to them. Ramps and warm-ups that their authors give in steps of a long schedule
 are cut to the same share of this one.
@@ -13,7 +16,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_tiny
+from configs import cifar10_short, cifar10_tiny
+from kalman_flax.state import check_choice
+
+PROTOCOLS = {"tiny": cifar10_tiny, "short": cifar10_short}
 
 #: statistics of the micro-batch
 SHARED = (
@@ -42,9 +48,14 @@ INDIVIDUAL = (
 )
 
 
-def get_config() -> ConfigDict:
-    """Returns the study."""
-    config = cifar10_tiny.get_config()
+def get_config(protocol: str = "tiny") -> ConfigDict:
+    """Returns the study by one of `PROTOCOLS`.
+
+    Raises:
+        ValueError: there is no such protocol.
+    """
+    check_choice("protocol", protocol, tuple(PROTOCOLS))
+    config = PROTOCOLS[protocol].get_config()
     steps = config.epochs * config.train_examples // config.batch_size
     config.variants = tuple(
         (norm, {"norm": norm} | ramp(norm, steps)) for norm in SHARED

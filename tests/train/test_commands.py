@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from configs import micro_batch_sizes
 from tests.train.common import tiny_config
 from train import report
 from train.compare import at_sizes, chosen, parse_norm
@@ -178,6 +179,16 @@ def test_studies_can_be_run(study):
         runs.add(run.to_json())
     assert len(runs) == len(config.variants) > 3
     assert not any("," in name for name, _ in config.variants)  # for --variants
+
+
+def test_a_study_by_another_protocol():
+    """Ramps are cut to its 800 updates."""
+    config = micro_batch_sizes.get_config("short")
+    assert config.blocks_per_stage == 3
+    options = json.loads(dict(config.variants)["batch_renorm"]["norm_options"])
+    assert options == {"warmup_steps": 25, "r_steps": 200, "d_steps": 125}
+    with pytest.raises(ValueError, match="'long'; expected one of"):
+        micro_batch_sizes.get_config("long")
 
 
 def test_a_part_of_a_study():
