@@ -22,6 +22,7 @@ import pathlib
 
 from absl import flags
 
+from kalman_flax import NETWORKS
 from kalman_flax.state import check_choice
 from train import cli
 from train.reproductions import REPRODUCTIONS, reproduce_all
@@ -37,6 +38,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each network.", lower_bound=1
 _DATASETS = flags.DEFINE_list(
     "datasets", None, "Train only on these; what needs others stays empty."
 )
+_NETWORKS = flags.DEFINE_list(
+    "networks", None, "Train only these of the paper's, e.g. resnet32; likewise."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
@@ -49,12 +53,15 @@ def main(name: str | None = None) -> None:
     check_choice("the table or figure", name, (*REPRODUCTIONS, ALL))
     for dataset in _DATASETS.value or ():
         check_choice("datasets", dataset, DATASETS)
+    for network in _NETWORKS.value or ():
+        check_choice("networks", network, NETWORKS)
     request = Request(
         _SCALE.value,
         _SEEDS.value,
         pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None,
         cli.DATA_DIR.value,
         _DATASETS.value,
+        _NETWORKS.value,
     )
     if name == ALL:
         reproduce_all(request, REPRODUCTIONS)

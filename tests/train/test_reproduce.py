@@ -221,9 +221,10 @@ def test_runs_what_is_missing(tmp_path, capsys):
     assert float(option_a["difference"]) == pytest.approx(50 * sum(accuracies) - 50)
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
-    capsys.readouterr()
-    TINY.reproduce("tiny", request._replace(datasets=["cifar10"]))
-    assert capsys.readouterr().out.count("not run") == 2
+    for left_out in ({"datasets": ["cifar10"]}, {"networks": ["resnet50"]}):
+        capsys.readouterr()
+        TINY.reproduce("tiny", request._replace(**left_out))
+        assert capsys.readouterr().out.count("not run") == 2
 
 
 def test_speeds_and_their_ratio(tmp_path, monkeypatch):

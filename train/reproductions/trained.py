@@ -32,6 +32,7 @@ class Request(NamedTuple):
         workdir: gets a directory for each run, and the tables.
         data_dir: see `train.sets.load_dataset`.
         datasets: those to train on; what needs another is left out. None: all.
+        networks: those to train, as at full size; None: all.
     """
 
     scale: str = "full"
@@ -39,6 +40,12 @@ class Request(NamedTuple):
     workdir: pathlib.Path | None = None
     data_dir: str | None = None
     datasets: list[str] | None = None
+    networks: list[str] | None = None
+
+    def wants(self, full: ConfigDict) -> bool:
+        """Whether a run of the paper is asked for."""
+        allowed = ((self.datasets, full.dataset), (self.networks, full.network))
+        return all(names is None or name in names for names, name in allowed)
 
 
 class Series(NamedTuple):
@@ -74,7 +81,7 @@ def name_of(config: ConfigDict) -> str:
 
 def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Series]:
     """Runs what is missing of `wanted`, full configs, and returns them, but for those
-    of other data sets than `request` allows.
+    that `request` does not want.
 
     Raises:
         ValueError: no workdir, or a bad config.
@@ -85,7 +92,7 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
     configs = {
         cell: scaled(full, request.scale, request.data_dir)
         for cell, full in wanted.items()
-        if request.datasets is None or full.dataset in request.datasets
+        if request.wants(full)
     }
     by_name = {name_of(config): config for config in configs.values()}
     for config in by_name.values():
