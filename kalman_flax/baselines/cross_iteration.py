@@ -89,7 +89,9 @@ class CrossIterationConv(Conv):
             shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
             return jax.linear_transpose(convolve, shape)(cotangent / count)[0]
 
-        ones = jnp.ones((*y.shape[:-1], self.feature_group_count), jnp.float32)
+        # Like `y`, so that they vary over the devices as it does: under shard_map a
+        # transpose takes nothing else.
+        ones = jnp.ones_like(y, jnp.float32, (*y.shape[:-1], self.feature_group_count))
         mean_slope = mean_with_patches(ones)
         var_slope = mean_with_patches(2.0 * deviation)
         return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
