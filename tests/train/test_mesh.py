@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.hlo import collectives
+from kalman_flax import NORMALIZERS
 from tests.train.common import batch, tiny_config
 from train.experiment import build
 from train.mesh import make_mesh
@@ -43,6 +44,15 @@ def test_devices_and_parts_change_nothing(norm, devices, accumulate):
     assert_same_training(
         trained(devices, norm=norm, accumulate=accumulate), trained(1, norm=norm)
     )
+
+
+@pytest.mark.parametrize("norm", NORMALIZERS)
+def test_every_normalizer_trains_under_shard_map(norm):
+    """It refuses values that should vary over devices and do not, when it traces."""
+    experiment = build(config_of(norm=norm))
+    given = experiment.state, batch(experiment, INDEX)
+    state, _ = jax.eval_shape(experiment.train_step, *given)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.state)
 
 
 def test_parts_in_a_loop(monkeypatch):
