@@ -99,11 +99,7 @@ def predict_conv(
     def contract(stat: jax.Array, weights: np.ndarray, kernel: jax.Array) -> jax.Array:
         """Returns stat . (weights @ kernel), ``[..., number of weights, D]``."""
         # The taps are summed first, once for all replicas under vmap.
-        kernel = jnp.matmul(
-            jnp.asarray(weights, jnp.float32),
-            kernel.reshape(height * width, -1),
-            precision=lax.Precision.HIGHEST,
-        )
+        kernel = _weigh(weights, kernel.reshape(height * width, -1))
         out = jnp.einsum(
             "...gc,kcgo->...kgo",
             stat.reshape(*stat.shape[:-1], groups, channels),
@@ -117,6 +113,14 @@ def predict_conv(
     var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
     mean = local[..., 0, :]
     return KalmanState(mean if bias is None else mean + bias, var)
+
+
+def _weigh(weights: np.ndarray, kernel: jax.Array) -> jax.Array:
+    """Returns weights @ kernel, ``[number of weights, taps] @ [taps, C D]``."""
+    weights = jnp.asarray(weights, jnp.float32)
+    if len(weights) == 1:  # a sum takes the kernel, or its square, where it is computed
+        return jnp.sum(weights.T * kernel, axis=0, keepdims=True)
+    return jnp.matmul(weights, kernel, precision=lax.Precision.HIGHEST)
 
 
 class _Kinds(NamedTuple):
