@@ -24,6 +24,8 @@ COLUMNS = (
     "steps",
     "seconds",
 )
+_TEXT = {"variant", "norm"}
+_WHOLE = {"batch_size", "micro_batch_size", "devices", "seed", "parameters", "steps"}
 
 
 class Run(NamedTuple):
@@ -148,3 +150,32 @@ def write_csv(path: pathlib.Path, runs: list[Run]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(run.row() for run in runs)
+
+
+def read_csv(path: pathlib.Path) -> list[Run]:
+    """Reads what `write_csv` wrote; the metrics by step are not in it.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}; expected a comparison.csv"
+                f" of train.compare, with {list(COLUMNS)}."
+            )
+        return [_read_row(row) for row in reader]
+
+
+def _read_row(row: dict[str, str]) -> Run:
+    summary: dict[str, Any] = {
+        column: text if column in _TEXT else float(text)
+        for column, text in row.items()
+        if text
+    }
+    for column in _WHOLE & summary.keys():
+        summary[column] = int(summary[column])
+    # A run that diverged has no accuracy.
+    diverged = "test_moving_accuracy" not in summary
+    return Run(summary | ({"diverged": True} if diverged else {}), [])
