@@ -117,7 +117,8 @@ def normalization(
         **options: attributes of the normaliser.
 
     Raises:
-        ValueError: unknown name or attribute; both are listed.
+        ValueError: unknown name or attribute, both are listed; no number where the
+            default is one.
     """
     stem, _, suffix = name.rpartition("_")
     kernel_map = KERNEL_MAPS.get(f"_{suffix}")
@@ -137,6 +138,17 @@ def normalization(
             f"{cls.__name__} ({name!r}) has no attribute {unknown};"
             f" it has {sorted(attributes)}."
         )
+    for option, value in options.items():
+        _check_number(f"{cls.__name__}.{option}", value, getattr(cls, option, None))
     shared = {"momentum": momentum, "axis_name": axis_name}
     options |= {name: shared[name] for name in attributes & shared.keys()}
     return entry._replace(norm=functools.partial(entry.norm, **options))
+
+
+def _check_number(name: str, value: Any, default: Any) -> None:
+    """Refuses what no comparison with a number would bear, as text out of JSON."""
+    numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if numeric and isinstance(value, (str, bool, list, dict)):
+        raise ValueError(
+            f"{name} is {value!r}; expected a number such as the default, {default}."
+        )

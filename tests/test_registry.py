@@ -122,3 +122,9 @@ def test_unknown_name_lists_the_known():
 def test_unknown_attribute_lists_the_known(name, known):
     with pytest.raises(ValueError, match=rf"{name}.*gainn.*{known}"):
         kf.normalization(name, gainn=0.5)
+
+
+@pytest.mark.parametrize("name, option", [("kalman", "gain"), ("group", "num_groups")])
+def test_text_in_place_of_a_number_is_refused(name, option):
+    with pytest.raises(ValueError, match=rf"\.{option} is '4'; expected a number"):
+        kf.normalization(name, **{option: "4"})
