@@ -268,7 +268,7 @@ def test_numerical_gradients_through_a_chain_to_the_weights():
     def loss(state, kernel, gain, scale, weights):
         state = kf.predict_conv(kf.KalmanState(*state), kernel, (4, 3))
         state = kf.update(state, observed, gain)
-        state = kf.normalized_state(state, scale, 0.1)
+        state = kf.predict_affine(state, scale, 0.1)
         state = kf.predict_dense(kf.predict_relu(state), weights)
         return jnp.sum(jnp.sin(state.mean) + jnp.log(state.var))
 

@@ -104,7 +104,7 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
             if not self.is_initializing():
                 steps.value += 1.0
         y = normalize(value, state, slope, offset, epsilon=self.epsilon, axis=self.axis)
-        state = normalized_state(state, slope, offset, epsilon=self.epsilon)
+        state = normalized_state(slope, offset)
         return self._output(x, y, scale, bias, state=state)
 
     def _correction(

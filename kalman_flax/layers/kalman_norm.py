@@ -187,7 +187,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         (*_, scale, bias), _ = self._variables(value.shape[self.axis])
         y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
         if self.hand_on == "normalized":
-            state = normalized_state(state, scale, bias, epsilon=self.epsilon)
+            state = normalized_state(scale, bias)
         return self._output(x, y, scale, bias, state=state)
 
     def _report(self, name: str, state: KalmanState) -> None:

