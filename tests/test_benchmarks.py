@@ -45,9 +45,10 @@ def flops(variant, micro_batch_size):
 
 @pytest.mark.parametrize("micro_batch_size", [2, 128])
 def test_the_filter_adds_next_to_no_operations(micro_batch_size):
-    """To ResNet-20, as it is before XLA; the Monte Carlo transition does add."""
+    """To ResNet-20, as it is before XLA: the eight replicas that a device has here share
+    a prediction. The Monte Carlo transition does add."""
     batch, kalman = (flops(norm, micro_batch_size) for norm in ("batch", "kalman"))
-    assert kalman < 1.01 * batch
+    assert kalman < 1.005 * batch
     if micro_batch_size == 2:
         assert flops("kalman_mc", micro_batch_size) > 1.1 * batch
 
@@ -70,7 +71,7 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     (memory, moved, kernels), flax = facts("kalman"), facts("flax")
     assert memory < 0.85 * flax[0]
     assert moved < 0.95 * flax[1]
-    assert kernels < 1.6 * flax[2]
+    assert kernels < 1.5 * flax[2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
