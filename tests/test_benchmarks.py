@@ -45,8 +45,8 @@ def flops(variant, micro_batch_size):
 
 @pytest.mark.parametrize("micro_batch_size", [2, 128])
 def test_the_filter_adds_next_to_no_operations(micro_batch_size):
-    """To ResNet-20, as it is before XLA: the eight replicas that a device has here share
-    a prediction. The Monte Carlo transition does add."""
+    """To ResNet-20, as it is before XLA: the eight replicas that each device has here
+    share a prediction. The Monte Carlo transition does add."""
     batch, kalman = (flops(norm, micro_batch_size) for norm in ("batch", "kalman"))
     assert kalman < 1.005 * batch
     if micro_batch_size == 2:
