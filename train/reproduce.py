@@ -22,7 +22,7 @@ import pathlib
 
 from absl import flags
 
-from kalman_flax import NETWORKS
+from kalman_flax import NETWORKS, normalization
 from kalman_flax.state import check_choice
 from train import cli
 from train.reproductions import REPRODUCTIONS, reproduce_all
@@ -41,6 +41,9 @@ _DATASETS = flags.DEFINE_list(
 _NETWORKS = flags.DEFINE_list(
     "networks", None, "Train only these of the paper's, e.g. resnet32; likewise."
 )
+_NORMS = flags.DEFINE_list(
+    "norms", None, "Train only with these normalisers, e.g. batch,kalman_wc; likewise."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
@@ -55,6 +58,8 @@ def main(name: str | None = None) -> None:
         check_choice("datasets", dataset, DATASETS)
     for network in _NETWORKS.value or ():
         check_choice("networks", network, NETWORKS)
+    for norm in _NORMS.value or ():
+        normalization(norm)  # says which there are
     request = Request(
         _SCALE.value,
         _SEEDS.value,
@@ -62,6 +67,7 @@ def main(name: str | None = None) -> None:
         cli.DATA_DIR.value,
         _DATASETS.value,
         _NETWORKS.value,
+        _NORMS.value,
     )
     if name == ALL:
         reproduce_all(request, REPRODUCTIONS)

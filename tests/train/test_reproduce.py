@@ -221,7 +221,11 @@ def test_runs_what_is_missing(tmp_path, capsys):
     assert float(option_a["difference"]) == pytest.approx(50 * sum(accuracies) - 50)
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
-    for left_out in ({"datasets": ["cifar10"]}, {"networks": ["resnet50"]}):
+    for left_out in (
+        {"datasets": ["cifar10"]},
+        {"networks": ["resnet50"]},
+        {"norms": ["kalman"]},
+    ):
         capsys.readouterr()
         TINY.reproduce("tiny", request._replace(**left_out))
         assert capsys.readouterr().out.count("not run") == 2

@@ -33,6 +33,7 @@ class Request(NamedTuple):
         data_dir: see `train.sets.load_dataset`.
         datasets: those to train on; what needs another is left out. None: all.
         networks: those to train, as at full size; None: all.
+        norms: those to train with; None: all.
     """
 
     scale: str = "full"
@@ -41,10 +42,15 @@ class Request(NamedTuple):
     data_dir: str | None = None
     datasets: list[str] | None = None
     networks: list[str] | None = None
+    norms: list[str] | None = None
 
     def wants(self, full: ConfigDict) -> bool:
         """Whether a run of the paper is asked for."""
-        allowed = ((self.datasets, full.dataset), (self.networks, full.network))
+        allowed = (
+            (self.datasets, full.dataset),
+            (self.networks, full.network),
+            (self.norms, full.norm),
+        )
         return all(names is None or name in names for names, name in allowed)
 
 
