@@ -132,23 +132,27 @@ def normalization(
         conv = functools.partial(entry.conv, kernel_map=kernel_map)
         entry = entry._replace(conv=conv)
     cls = entry.norm.func if isinstance(entry.norm, functools.partial) else entry.norm
-    attributes = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    if unknown := sorted(set(options) - attributes):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    del fields["parent"], fields["name"]
+    if unknown := sorted(set(options) - fields.keys()):
         raise ValueError(
             f"{cls.__name__} ({name!r}) has no attribute {unknown};"
-            f" it has {sorted(attributes)}."
+            f" it has {sorted(fields)}."
         )
     for option, value in options.items():
-        _check_number(f"{cls.__name__}.{option}", value, getattr(cls, option, None))
+        _check_number(cls.__name__, fields[option], value)
     shared = {"momentum": momentum, "axis_name": axis_name}
-    options |= {name: shared[name] for name in attributes & shared.keys()}
+    options |= {name: shared[name] for name in fields.keys() & shared.keys()}
     return entry._replace(norm=functools.partial(entry.norm, **options))
 
 
-def _check_number(name: str, value: Any, default: Any) -> None:
+def _check_number(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """Refuses what no comparison with a number would bear, as text out of JSON."""
+    default = field.default
     numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-    if numeric and isinstance(value, (str, bool, list, dict)):
+    missing = value is None and "None" not in str(field.type)
+    if numeric and (missing or isinstance(value, (str, bool, list, dict))):
         raise ValueError(
-            f"{name} is {value!r}; expected a number such as the default, {default}."
+            f"{owner}.{field.name} is {value!r}; expected a number such as the default,"
+            f" {default}."
         )

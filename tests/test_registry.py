@@ -124,7 +124,17 @@ def test_unknown_attribute_lists_the_known(name, known):
         kf.normalization(name, gainn=0.5)
 
 
-@pytest.mark.parametrize("name, option", [("kalman", "gain"), ("group", "num_groups")])
-def test_text_in_place_of_a_number_is_refused(name, option):
-    with pytest.raises(ValueError, match=rf"\.{option} is '4'; expected a number"):
-        kf.normalization(name, **{option: "4"})
+@pytest.mark.parametrize(
+    "name, option, value",
+    [("kalman", "gain", "4"), ("kalman", "gain", None), ("group", "num_groups", "4")],
+)
+def test_what_is_no_number_is_refused(name, option, value):
+    with pytest.raises(
+        ValueError, match=rf"\.{option} is {value!r}; expected a number"
+    ):
+        kf.normalization(name, **{option: value})
+
+
+def test_no_number_where_that_means_something():
+    norm = kf.normalization("group", num_groups=None, group_size=4).norm()
+    assert norm.num_groups is None
