@@ -17,8 +17,8 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     """Loads a batch-norm network's variables into those of the same KN network.
 
     Layers correspond by name; Flax's automatic ``BatchNorm_3`` is ``KalmanNorm_3``.
-    Only gain and process noise, which batch norm lacks, keep their values: fine-tuning
-    a pre-trained model, as the paper does on COCO.
+    Only gain, process noise and a count of steps, which batch norm lacks, keep their
+    values: fine-tuning a pre-trained model, as the paper does on COCO.
 
     Args:
         variables: of the KN network, freshly initialised: ``params``, ``batch_stats``.
@@ -32,8 +32,8 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     """
     ours = traverse_util.flatten_dict(variables, sep="/")
     theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables, sep="/"))
-    learned = _filter_params(ours)
-    kept = {path: leaf for path, leaf in ours.items() if path not in learned}
+    of_filter = _of_filter(ours)
+    kept = {path: leaf for path, leaf in ours.items() if path not in of_filter}
     wanted = _renamed({path: path for path in kept})
     problems = [f"missing in the checkpoint: {n}" for n in wanted if n not in theirs]
     problems += [f"unknown to the network: {n}" for n in theirs if n not in wanted]
@@ -55,7 +55,7 @@ def export_batch_norm(
     """Exports a trained network's variables to the same network in plain Flax.
 
     With them a network of `nn.Conv`, `nn.Dense` and `nn.BatchNorm` (same names, same
-    epsilon) gives the same outputs by moving statistics: gain and process noise are
+    epsilon) gives the same outputs by moving statistics: what is the filter's is
     gone, kernels are stored as they are used (`Conv.kernel_map`), and automatic names
     become ``BatchNorm_3``.
 
@@ -79,23 +79,23 @@ def export_batch_norm(
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: network.apply(v, *args, **kwargs), variables)
     flat = traverse_util.flatten_dict(variables, sep="/")
-    learned = _filter_params(flat)
+    of_filter = _of_filter(flat)
     exported = {
         path: kernel_maps.get(path, lambda kernel: kernel)(leaf)
         for path, leaf in flat.items()
-        if path not in learned
+        if path not in of_filter
     }
     return traverse_util.unflatten_dict(_renamed(exported), sep="/")
 
 
-def _filter_params(flat: dict[str, Any]) -> set[str]:
-    """Paths of the parameters that batch norm lacks: gain and noise of a KalmanNorm,
-    which is to say of a layer that keeps running statistics."""
+def _of_filter(flat: dict[str, Any]) -> set[str]:
+    """Paths of the variables that batch norm lacks: gain, noise and count of steps of a
+    KalmanNorm, which is to say of a layer that keeps running statistics."""
     return {
         path
         for path in flat
-        if re.search(r"/(gain|noise)$", path)
-        and re.sub(r"^params/(.*)/\w+$", r"batch_stats/\1/mean", path) in flat
+        if re.search(r"^params/.*/(gain|noise)$|^batch_stats/.*/steps$", path)
+        and re.sub(r"^\w+/(.*)/\w+$", r"batch_stats/\1/mean", path) in flat
     }
 
 

@@ -16,8 +16,9 @@ IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 SIZE = {"num_classes": 3, "blocks_per_stage": 2, "width": 4}
 
 
-def resnet(name, **options):
-    return kf.ResNet(**SIZE, **options, **kf.normalization(name)._asdict())
+def resnet(name, scan=False, **options):
+    norm = kf.normalization(name, **options)
+    return kf.ResNet(**SIZE, scan=scan, **norm._asdict())
 
 
 def variables_of(net, seed=0):
@@ -46,16 +47,20 @@ def flat(variables):
     return traverse_util.flatten_dict(variables, sep="/")
 
 
-@pytest.mark.parametrize("name", ["kalman", "kalman_paper"])
-def test_load_takes_all_but_gain_and_noise(name):
-    plain, net = PlainResNet(**SIZE), resnet(name)
+@pytest.mark.parametrize("name, options, own", [
+    ("kalman", {}, set()),
+    ("kalman", {"decay_steps": 9}, {"steps"}),
+    ("kalman_paper", {}, {"gain", "noise"}),
+])  # fmt: skip
+def test_load_takes_all_but_what_is_the_filters(name, options, own):
+    plain, net = PlainResNet(**SIZE), resnet(name, **options)
     checkpoint = variables_of(plain)
     fresh = variables_of(net, seed=1)
     before = flat(fresh)
     loaded = kf.load_batch_norm(fresh, checkpoint)
     assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
     kept = {path.split("/")[-1] for path in set(before) - set(flat(checkpoint))}
-    assert kept == ({"gain", "noise"} if name == "kalman_paper" else set())
+    assert kept == own
     for path, leaf in flat(loaded).items():
         source = flat(checkpoint).get(path, before[path])
         np.testing.assert_array_equal(leaf, source, err_msg=path)
@@ -73,8 +78,9 @@ def test_export_runs_in_plain_flax(name):
 
 
 def test_export_after_training():
-    """The running statistics that training wrote are those that serve."""
-    net, plain = resnet("kalman_ws"), PlainResNet(**SIZE)
+    """The running statistics that training wrote are those that serve; how often it
+    wrote them is nobody's business."""
+    net, plain = resnet("kalman_ws", decay_steps=9), PlainResNet(**SIZE)
     variables = variables_of(net)
     _, updates = net.apply(variables, IMAGES, False, mutable=["batch_stats"])
     variables = {**variables, **updates}

@@ -99,12 +99,18 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             next layer; or ``"raw"``: the filtered moments of the input, Eq. 7 to the
             letter.
         outlier_ratio: None, or the limit of `reject_outlier`.
+        decay_steps: None, or the training steps over which q falls to 0 along half a
+            cosine, as learning rates do. With as many as there are in the run, training
+            ends with the statistics of inference: those of a single image stop counting
+            (docs/evidence.md has what that is worth). Counted by ``steps`` in
+            ``batch_stats``, a float32 scalar, exact to 2^24.
         axis_name: share observed statistics over this mapped axis, as in
             `nn.BatchNorm`; None normalises every device's micro-batch by itself.
 
     Raises:
         ValueError: a gain outside [0, 1], or outside (0, 1) where it is learned; an
-            unknown option; a state of another number of channels than the value.
+            unknown option; no steps to decay over; a state of another number of
+            channels than the value.
     """
 
     gain: float = 0.02
@@ -113,9 +119,15 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     rule: str = "mixture"
     hand_on: str = "normalized"
     outlier_ratio: float | None = None
+    decay_steps: int | None = None
 
     def __post_init__(self):
         check_choice("rule", self.rule, RULES)
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(
+                f"decay_steps is {self.decay_steps}; expected a number of training"
+                " steps, or None for a gain that stays."
+            )
         super().__post_init__()
 
     def __call__(
@@ -179,6 +191,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             state = jax.lax.optimization_barrier(state)
         self._report("filtered", state)
         self._move_running(running, state)
+        self._count_step()
         return x.replace(state=state)
 
     def normalize(self, x: Signal) -> Signal:
@@ -202,7 +215,18 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[Parameters, KalmanState]:
-        return self._parameters(channels), self._running(channels)
+        parameters = self._parameters(channels)
+        if self.decay_steps is not None:
+            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
+            done = jnp.minimum(steps.value / self.decay_steps, 1.0)
+            left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            parameters = parameters._replace(gain=left * parameters.gain)
+        return parameters, self._running(channels)
+
+    def _count_step(self) -> None:
+        if self.decay_steps is not None and not self.is_initializing():
+            steps = self.get_variable("batch_stats", "steps")
+            self.put_variable("batch_stats", "steps", steps + 1.0)
 
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.

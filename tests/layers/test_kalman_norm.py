@@ -99,6 +99,19 @@ def test_gain_of_each_channel_weighs_its_own(x):
     assert_state(state, *filtered(x, gain))
 
 
+def test_gain_that_falls(x):
+    """0.5 (1 + cos(pi t / T)) of the gain at step t, 0 from T on; inference and its
+    statistics do not count."""
+    norm = kf.KalmanNorm(gain=0.4, decay_steps=3)
+    variables = norm.init(KEY, x, use_running_average=False)
+    assert variables["batch_stats"]["steps"] == 0.0
+    for share in (1.0, 0.75, 0.25, 0.0, 0.0):
+        norm.apply(variables, x, use_running_average=True)
+        y, stats = apply(norm, x, variables, **TRAIN, method="filter")
+        assert_state(y.state, *filtered(x, 0.4 * share))
+        variables = variables | {"batch_stats": stats}
+
+
 def test_default_has_the_parameters_of_batch_norm_and_a_fixed_gain(x):
     norm = kf.KalmanNorm(**TRAIN)
     assert set(norm.init(KEY, x)["params"]) == {"scale", "bias"}
@@ -243,6 +256,7 @@ def test_presets(preset, params, x):
     ({"gain": 1.0, "learn_gain": "channel"}, r"gain is 1.0.*learn_gain=None"),
     ({"learn_gain": "layer"}, r"learn_gain is 'layer'.*'scalar', 'channel'"),
     ({"learn_gain": True}, r"learn_gain is True.*'scalar', 'channel'"),
+    ({"decay_steps": 0}, r"decay_steps is 0.*training steps"),
     ({"noise": "white"}, r"noise is 'white'.*'additive', 'multiplicative'"),
     ({"rule": "exact"}, r"rule is 'exact'.*'mixture', 'paper'"),
     ({"hand_on": "output"}, r"hand_on is 'output'.*'normalized', 'raw'"),
