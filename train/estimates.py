@@ -21,6 +21,12 @@ from train.mesh import SAME
 from train.step import apply_replicas
 
 ESTIMATES = ("observed", "predicted", "filtered", "moving")
+#: what is wrong with an estimate, root mean squares over channels and micro-batches
+ERRORS = {
+    "mean_error": "(mean - mean*) / std*",
+    "variance_error": "log(var / var*)",
+    "relative_error": "log(var / var*) less its mean over the layer",
+}
 EPSILON = 1e-5  # added to variances, as the normalisers do
 BATCH = 512  # images at a time, at most
 
@@ -164,11 +170,13 @@ class _Pooled:
 def errors(
     estimate: dict[str, np.ndarray], truth: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns (mean - mean*) / std* and log(var / var*), of the estimate's shape."""
+    """Returns `ERRORS` of every channel, ``[..., C]``, the estimate's shape."""
     var = truth["var"] + EPSILON
+    log_ratio = np.log((estimate["var"] + EPSILON) / var)
     return {
         "mean_error": (estimate["mean"] - truth["mean"]) / np.sqrt(var),
-        "variance_error": np.log((estimate["var"] + EPSILON) / var),
+        "variance_error": log_ratio,
+        "relative_error": log_ratio - log_ratio.mean(-1, keepdims=True),
     }
 
 
@@ -213,7 +221,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             weights = [row["channels"] for row in chosen]
             line = {"micro_batch_size": size, "estimate": kind}
-            for name in ("mean_error", "variance_error"):
+            for name in ERRORS:
                 squares = [row[name] ** 2 for row in chosen]
                 line[name] = float(np.sqrt(np.average(squares, weights=weights)))
             result.append(line)
@@ -224,13 +232,13 @@ def table(summary: list[dict[str, Any]]) -> str:
     """Returns a Markdown table, a row for each micro-batch size."""
     lines = [
         "| micro-batch | "
-        + " | ".join(f"{kind}, mean / var" for kind in ESTIMATES)
+        + " | ".join(f"{kind}, mean / var / relative" for kind in ESTIMATES)
         + " |",
         "|---" * (1 + len(ESTIMATES)) + "|",
     ]
     for size in dict.fromkeys(line["micro_batch_size"] for line in summary):
         cells = [
-            f"{line['mean_error']:.3f} / {line['variance_error']:.3f}"
+            " / ".join(f"{line[name]:.3f}" for name in ERRORS)
             for line in summary
             if line["micro_batch_size"] == size
         ]

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from train.estimates import ESTIMATES, Layers, variance_gaps
+from train.estimates import ERRORS, ESTIMATES, Layers, variance_gaps
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -24,14 +24,10 @@ def plot(
     """Draws the errors by micro-batch size and, at `size`, by layer; and from `maps`,
     the estimates at `size`, the paper's Fig. 5: the gap between the variance used and
     the moving one, micro-batches by channels."""
-    figure, axes = plt.subplots(2, 3, figsize=(16, 9))
+    figure, axes = plt.subplots(2, 4, figsize=(21, 9))
     sizes = sorted({line["micro_batch_size"] for line in summary})
     depths = [row for row in rows if row["micro_batch_size"] == size]
-    titles = {
-        "mean_error": "RMS of (mean - mean*) / std*",
-        "variance_error": "RMS of log(var / var*)",
-    }
-    for column, (name, title) in enumerate(titles.items()):
+    for column, (name, title) in enumerate(ERRORS.items()):
         for kind in ESTIMATES:
             errors_ = [line[name] for line in summary if line["estimate"] == kind]
             axes[0, column].plot(sizes, errors_, "o-", label=kind)
@@ -42,9 +38,9 @@ def plot(
         axes[0, column].set(xscale="log", yscale="log", xlabel="micro-batch size")
         axes[0, column].set_xticks(sizes, [str(size) for size in sizes])
         axes[1, column].set(xlabel=f"layer, at micro-batch {size}", yscale="log")
-        axes[0, column].set_title(title)
+        axes[0, column].set_title(f"RMS of {title}")
     axes[0, 0].legend()
-    for axis, kind in zip(axes[:, 2], ("observed", "filtered")):
+    for axis, kind in zip(axes[:, -1], ("observed", "filtered")):
         heat_map(axis, maps, kind, kind)
     figure.tight_layout()
     figure.savefig(path, dpi=100)

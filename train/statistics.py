@@ -8,7 +8,9 @@ all training images: observed in the micro-batch, predicted by the filter, filte
 (both combined), and the moving averages. The errors are
 
     mean      RMS of (mean - mean*) / std*
-    variance  RMS of log(var / var*)
+    var       RMS of log(var / var*)
+    relative  the same less its mean over the layer: does not count a factor that all
+              channels have in common, which no more than scales what the layer puts out
 
 over channels and micro-batches: the paper's claim, taken at its word (its Fig. 5 and
 Table 7). Works for the Kalman normalisers and for batch norm, in whose network it shows

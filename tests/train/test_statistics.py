@@ -12,9 +12,11 @@ from jax import lax
 from tests.train.common import tiny_config
 from tests.train.test_commands import TINY, run
 from train.estimates import (
+    ERRORS,
     ESTIMATES,
     _Pooled,
     collect,
+    errors,
     rows_of,
     summarise,
     variance_gaps,
@@ -81,19 +83,27 @@ def test_batch_norm_is_watched_as_the_filter_with_gain_1():
         watched(tiny_config(norm="group"))
 
 
+def test_factor_of_all_channels_is_no_relative_error():
+    truth = {"mean": np.zeros(2), "var": np.array([1.0, 4.0])}
+    found = errors({"mean": np.ones(2), "var": np.array([[3.0, 12.0]])}, truth)
+    np.testing.assert_allclose(found["mean_error"], [1.0, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(found["variance_error"], [[np.log(3)] * 2], rtol=1e-5)
+    np.testing.assert_allclose(found["relative_error"], [[0.0] * 2], atol=1e-5)
+
+
 def test_summary_weighs_channels_alike():
     rows = [
         {
             "micro_batch_size": 2,
             "estimate": kind,
             "channels": channels,
-            "mean_error": error,
-            "variance_error": 0.0,
+            **dict.fromkeys(ERRORS, error),
         }
         for kind in ESTIMATES
         for channels, error in ((1, 2.0), (3, 0.0))
     ]
-    assert [line["mean_error"] for line in summarise(rows)] == [1.0] * len(ESTIMATES)
+    for line in summarise(rows):
+        assert [line[name] for name in ERRORS] == [1.0] * len(ERRORS)
 
 
 def test_gaps_to_the_moving_variance():
