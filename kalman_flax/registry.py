@@ -148,9 +148,10 @@ def normalization(
 
 def _check_number(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """Refuses what no comparison with a number would bear, as text out of JSON."""
-    default = field.default
+    default, kind = field.default, str(field.type)
     numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-    missing = value is None and "None" not in str(field.type)
+    numeric |= kind in ("int | None", "float | None")
+    missing = value is None and "None" not in kind
     if numeric and (missing or isinstance(value, (str, bool, list, dict))):
         raise ValueError(
             f"{owner}.{field.name} is {value!r}; expected a number such as the default,"

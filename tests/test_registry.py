@@ -126,7 +126,12 @@ def test_unknown_attribute_lists_the_known(name, known):
 
 @pytest.mark.parametrize(
     "name, option, value",
-    [("kalman", "gain", "4"), ("kalman", "gain", None), ("group", "num_groups", "4")],
+    [
+        ("kalman", "gain", "4"),
+        ("kalman", "gain", None),
+        ("kalman", "decay_steps", "4"),
+        ("group", "num_groups", "4"),
+    ],
 )
 def test_what_is_no_number_is_refused(name, option, value):
     with pytest.raises(

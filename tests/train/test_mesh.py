@@ -36,13 +36,19 @@ def assert_same_training(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=2e-3, atol=2e-5)
 
 
-# Histories of the forward pass; of the backward pass; random numbers of each replica.
-@pytest.mark.parametrize("norm", ["kalman_wc", "moving_average", "kalman_mc"])
+# Histories of the forward pass and a count of steps; of the backward pass; random
+# numbers of each replica.
+@pytest.mark.parametrize("norm, options", [
+    ("kalman_wc", '{"decay_steps": 3}'),
+    ("moving_average", "{}"),
+    ("kalman_mc", "{}"),
+])  # fmt: skip
 @pytest.mark.parametrize("devices, accumulate", [(8, 1), (2, 1), (1, 4), (2, 2)])
-def test_devices_and_parts_change_nothing(norm, devices, accumulate):
+def test_devices_and_parts_change_nothing(norm, options, devices, accumulate):
     """One device that runs all replicas at once is tested against a loop elsewhere."""
+    keys = {"norm": norm, "norm_options": options}
     assert_same_training(
-        trained(devices, norm=norm, accumulate=accumulate), trained(1, norm=norm)
+        trained(devices, **keys, accumulate=accumulate), trained(1, **keys)
     )
 
 
