@@ -94,8 +94,8 @@ def _of_filter(flat: dict[str, Any]) -> set[str]:
     return {
         path
         for path in flat
-        if re.search(r"^params/.*/(gain|noise)$|^batch_stats/.*/steps$", path)
-        and re.sub(r"^\w+/(.*)/\w+$", r"batch_stats/\1/mean", path) in flat
+        if re.search(r"^params/(.*/)?(gain|noise)$|^batch_stats/(.*/)?steps$", path)
+        and re.sub(r"^\w+/(.*/)?\w+$", r"batch_stats/\1mean", path) in flat
     }
 
 

@@ -88,6 +88,13 @@ def test_export_after_training():
     assert_same_logits(plain, exported, net, variables)
 
 
+def test_export_of_a_single_layer():
+    norm = kf.KalmanNorm(True, gain=0.1, learn_gain="scalar", decay_steps=9)
+    exported = kf.export_batch_norm(norm, norm.init(KEY, IMAGES), IMAGES)
+    plain = nn.BatchNorm(True).init(KEY, IMAGES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(exported, plain)
+
+
 def test_export_of_a_scanned_network_standardises_every_slice():
     net = resnet("kalman_ws", scan=True)
     variables = variables_of(net)
