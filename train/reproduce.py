@@ -44,6 +44,9 @@ _NETWORKS = flags.DEFINE_list(
 _NORMS = flags.DEFINE_list(
     "norms", None, "Train only with these normalisers, e.g. batch,kalman_wc; likewise."
 )
+_MICRO_BATCH_SIZES = flags.DEFINE_list(
+    "micro_batch_sizes", None, "Train only with micro-batches of these; likewise."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
@@ -68,6 +71,8 @@ def main(name: str | None = None) -> None:
         _DATASETS.value,
         _NETWORKS.value,
         _NORMS.value,
+        _MICRO_BATCH_SIZES.value
+        and [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value],
     )
     if name == ALL:
         reproduce_all(request, REPRODUCTIONS)

@@ -225,6 +225,7 @@ def test_runs_what_is_missing(tmp_path, capsys):
         {"datasets": ["cifar10"]},
         {"networks": ["resnet50"]},
         {"norms": ["kalman"]},
+        {"micro_batch_sizes": [128]},
     ):
         capsys.readouterr()
         TINY.reproduce("tiny", request._replace(**left_out))

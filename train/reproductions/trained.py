@@ -34,6 +34,7 @@ class Request(NamedTuple):
         datasets: those to train on; what needs another is left out. None: all.
         networks: those to train, as at full size; None: all.
         norms: those to train with; None: all.
+        micro_batch_sizes: likewise.
     """
 
     scale: str = "full"
@@ -43,6 +44,7 @@ class Request(NamedTuple):
     datasets: list[str] | None = None
     networks: list[str] | None = None
     norms: list[str] | None = None
+    micro_batch_sizes: list[int] | None = None
 
     def wants(self, full: ConfigDict) -> bool:
         """Whether a run of the paper is asked for."""
@@ -50,8 +52,9 @@ class Request(NamedTuple):
             (self.datasets, full.dataset),
             (self.networks, full.network),
             (self.norms, full.norm),
+            (self.micro_batch_sizes, full.micro_batch_size),
         )
-        return all(names is None or name in names for names, name in allowed)
+        return all(values is None or value in values for values, value in allowed)
 
 
 class Series(NamedTuple):
