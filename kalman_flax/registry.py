@@ -154,5 +154,6 @@ def _check_number(owner: str, field: dataclasses.Field[Any], value: Any) -> None
     missing = value is None and "None" not in kind
     if numeric and (missing or isinstance(value, (str, bool, list, dict))):
         raise ValueError(
-            f"{owner}.{field.name} is {value!r}; expected a number (default: {default})."
+            f"{owner}.{field.name} is {value!r}; expected a number (by default"
+            f" {default})."
         )
