@@ -12,6 +12,11 @@ from flax import traverse_util
 
 from kalman_flax.layers.linear import Conv
 
+Path = tuple[str, ...]
+
+#: collection and name of what a KalmanNorm has and batch norm lacks
+OF_FILTER = {("params", "gain"), ("params", "noise"), ("batch_stats", "steps")}
+
 
 def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     """Loads a batch-norm network's variables into those of the same KN network.
@@ -30,15 +35,19 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     Raises:
         ValueError: layers missing on either side, or of another shape; all are named.
     """
-    ours = traverse_util.flatten_dict(variables, sep="/")
-    theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables, sep="/"))
+    ours = traverse_util.flatten_dict(variables)
+    theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables))
     of_filter = _of_filter(ours)
     kept = {path: leaf for path, leaf in ours.items() if path not in of_filter}
     wanted = _renamed({path: path for path in kept})
-    problems = [f"missing in the checkpoint: {n}" for n in wanted if n not in theirs]
-    problems += [f"unknown to the network: {n}" for n in theirs if n not in wanted]
+    problems = [
+        f"missing in the checkpoint: {'/'.join(n)}" for n in wanted if n not in theirs
+    ]
     problems += [
-        f"{n}: shape {jnp.shape(theirs[n])} in the checkpoint,"
+        f"unknown to the network: {'/'.join(n)}" for n in theirs if n not in wanted
+    ]
+    problems += [
+        f"{'/'.join(n)}: shape {jnp.shape(theirs[n])} in the checkpoint,"
         f" {jnp.shape(ours[wanted[n]])} in the network"
         for n in wanted
         if n in theirs and jnp.shape(theirs[n]) != jnp.shape(ours[wanted[n]])
@@ -46,7 +55,7 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     if problems:
         raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
     loaded = ours | {path: theirs[name] for name, path in wanted.items()}
-    return traverse_util.unflatten_dict(loaded, sep="/")
+    return traverse_util.unflatten_dict(loaded)
 
 
 def export_batch_norm(
@@ -72,43 +81,41 @@ def export_batch_norm(
 
     def note(call, call_args, call_kwargs, context):
         if isinstance(context.module, Conv) and context.module.kernel_map:
-            path = "/".join(("params", *context.module.path, "kernel"))
+            path = ("params", *context.module.path, "kernel")
             kernel_maps[path] = context.module.kernel_map
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: network.apply(v, *args, **kwargs), variables)
-    flat = traverse_util.flatten_dict(variables, sep="/")
+    flat = traverse_util.flatten_dict(variables)
     of_filter = _of_filter(flat)
     exported = {
         path: kernel_maps.get(path, lambda kernel: kernel)(leaf)
         for path, leaf in flat.items()
         if path not in of_filter
     }
-    return traverse_util.unflatten_dict(_renamed(exported), sep="/")
+    return traverse_util.unflatten_dict(_renamed(exported))
 
 
-def _of_filter(flat: dict[str, Any]) -> set[str]:
-    """Paths of the variables that batch norm lacks: gain, noise and count of steps of a
-    KalmanNorm, which is to say of a layer that keeps running statistics."""
+def _of_filter(flat: dict[Path, Any]) -> set[Path]:
+    """Paths of `OF_FILTER`, in layers that keep running statistics."""
     return {
-        path
-        for path in flat
-        if re.search(r"^params/(.*/)?(gain|noise)$|^batch_stats/(.*/)?steps$", path)
-        and re.sub(r"^\w+/(.*/)?\w+$", r"batch_stats/\1mean", path) in flat
+        (collection, *layer, name)
+        for collection, *layer, name in flat
+        if (collection, name) in OF_FILTER and ("batch_stats", *layer, "mean") in flat
     }
 
 
-def _renamed(flat: dict[str, Any]) -> dict[str, Any]:
+def _renamed(flat: dict[Path, Any]) -> dict[Path, Any]:
     """Gives automatically named KalmanNorm layers the name of a BatchNorm."""
-    result: dict[str, Any] = {}
+    result: dict[Path, Any] = {}
     for path, leaf in flat.items():
-        name = re.sub(r"(^|/)KalmanNorm_(\d+)(?=/)", r"\1BatchNorm_\2", path)
+        name = tuple(re.sub(r"^KalmanNorm_(\d+)$", r"BatchNorm_\1", p) for p in path)
         if name in result:
             raise ValueError(
-                f"{path} would become {name}, which there is already: BatchNorm and"
-                " KalmanNorm layers with automatic names are mixed. Give them names"
-                " of your own."
+                f"{'/'.join(path)} would become {'/'.join(name)}, which there is"
+                " already: BatchNorm and KalmanNorm layers with automatic names are"
+                " mixed. Give them names of your own."
             )
         result[name] = leaf
     return result

@@ -190,16 +190,17 @@ class Gain(nn.Module):
         return x * self.param("gain", nn.initializers.constant(2.0), ())
 
 
-class WithGain(nn.Module):
+class WithOwnLayers(nn.Module):
     norm: type
 
     @nn.compact
     def __call__(self, x):
-        return Gain(name="own")(self.norm(use_running_average=True, name="norm")(x))
+        x = Gain(name="own")(self.norm(use_running_average=True, name="norm")(x))
+        return nn.WeightNorm(nn.Dense(2))(x)  # its parameter's name has slashes
 
 
-def test_gain_of_another_layer_is_kept():
-    plain, net = WithGain(nn.BatchNorm), WithGain(kf.KalmanNorm)
+def test_layers_of_the_users_own_are_kept():
+    plain, net = WithOwnLayers(nn.BatchNorm), WithOwnLayers(kf.KalmanNorm)
     checkpoint = plain.init(KEY, IMAGES)
     checkpoint["params"]["own"]["gain"] = jnp.float32(5.0)
     loaded = kf.load_batch_norm(net.init(KEY, IMAGES), checkpoint)

@@ -20,7 +20,13 @@ from train.compare import at_sizes, chosen, parse_norm
 from train.experiment import check
 from train.runs import Entry, configure
 
-STUDIES = ("ablation", "micro_batch_sizes", "single_device", "robustness")
+STUDIES = (
+    "ablation",
+    "micro_batch_sizes",
+    "single_device",
+    "learning_rates",
+    "robustness",
+)
 TINY = (
     "--config=configs/digits.py",
     "--config.train_examples=64",
