@@ -3,7 +3,8 @@
     python -m train.compare --config=configs/learning_rates.py --seeds=3 \\
         --workdir=runs/rates --data_dir=DIR
 
-A comparison at one rate for all favours those whose rate it is.
+A comparison at one rate for all favours those whose rate it is. With
+``--config.warmup_epochs=1`` the rate rises to it over the first epoch.
 """
 
 from ml_collections import ConfigDict
