@@ -40,20 +40,20 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     of_filter = _of_filter(ours)
     kept = {path: leaf for path, leaf in ours.items() if path not in of_filter}
     wanted = _renamed({path: path for path in kept})
-    problems = [
-        f"missing in the checkpoint: {'/'.join(n)}" for n in wanted if n not in theirs
-    ]
+    problems = [(n, "missing in the checkpoint") for n in wanted if n not in theirs]
+    problems += [(n, "unknown to the network") for n in theirs if n not in wanted]
     problems += [
-        f"unknown to the network: {'/'.join(n)}" for n in theirs if n not in wanted
-    ]
-    problems += [
-        f"{'/'.join(n)}: shape {jnp.shape(theirs[n])} in the checkpoint,"
-        f" {jnp.shape(ours[wanted[n]])} in the network"
+        (
+            n,
+            f"shape {jnp.shape(theirs[n])} in the checkpoint,"
+            f" {jnp.shape(ours[wanted[n]])} in the network",
+        )
         for n in wanted
         if n in theirs and jnp.shape(theirs[n]) != jnp.shape(ours[wanted[n]])
     ]
     if problems:
-        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
+        lines = (f"\n  {'/'.join(name)}: {text}" for name, text in problems)
+        raise ValueError(f"the checkpoint does not fit:{''.join(lines)}")
     loaded = ours | {path: theirs[name] for name, path in wanted.items()}
     return traverse_util.unflatten_dict(loaded)
 
