@@ -30,17 +30,13 @@ KEYS = dict(
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
     """Starts the command on a workdir, with so many devices, and flags."""
-    cache = tmp_path_factory.mktemp("compiled")
 
     def start(workdir, *flags, devices=1):
         keys = [f"--config.{key}={value}" for key, value in KEYS.items()]
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            # Most of the time would go into compiling the same again.
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
             [

@@ -43,7 +43,7 @@ def assert_same_training(actual, expected):
     ("moving_average", "{}"),
     ("kalman_mc", "{}"),
 ])  # fmt: skip
-@pytest.mark.parametrize("devices, accumulate", [(8, 1), (2, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("devices, accumulate", [(8, 1), (2, 2)])
 def test_devices_and_parts_change_nothing(norm, options, devices, accumulate):
     """One device that runs all replicas at once is tested against a loop elsewhere."""
     keys = {"norm": norm, "norm_options": options}
@@ -117,14 +117,14 @@ def test_gradients_of_convolutions_are_fast_on_the_cpu(accumulate):
 def test_parts_need_less_memory():
     def size(accumulate):
         experiment = build(
-            config_of(batch_size=64, accumulate=accumulate), devices=jax.devices()[:1]
+            config_of(batch_size=32, accumulate=accumulate), devices=jax.devices()[:1]
         )
         lowered = experiment.train_step.lower(
-            experiment.state, batch(experiment, np.arange(64))
+            experiment.state, batch(experiment, np.arange(32))
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert size(8) < 0.4 * size(1)
+    assert size(4) < 0.5 * size(1)
 
 
 def test_as_many_devices_as_split_the_micro_batches(monkeypatch):

@@ -103,7 +103,7 @@ def test_no_retrace_after_the_first_step():
     assert experiment.train_step._cache_size() == 1
 
 
-@pytest.mark.parametrize("size", [10, 64, 128, 1000])
+@pytest.mark.parametrize("size", [10, 128])
 def test_evaluation_counts_every_image_once(size):
     """Sums over any batch size equal those over all images at once (option A), or over
     micro-batches in order, the last one filled from the start (option B)."""
