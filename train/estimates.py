@@ -18,7 +18,7 @@ from train import workdir as wd
 from train.data import augment, draw_crops
 from train.experiment import Experiment, build
 from train.mesh import SAME
-from train.step import apply_replicas
+from train.step import apply_replicas, compiler_options
 
 ESTIMATES = ("observed", "predicted", "filtered", "moving")
 #: what is wrong with an estimate, root mean squares over channels and micro-batches
@@ -116,7 +116,7 @@ def _states(
     if not step:
         raise ValueError(f"{count} images hold no micro-batch of {size}.")
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     @functools.partial(
         jax.shard_map, mesh=experiment.mesh, in_specs=SAME, out_specs=SAME
     )

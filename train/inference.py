@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,14 @@ from kalman_flax.baselines.precise import precise_statistics
 from train.data import augment
 from train.experiment import Experiment
 from train.mesh import SAME, SPLIT
-from train.step import Draws, TrainState, apply_replicas, draw, replicas_of
+from train.step import (
+    Draws,
+    TrainState,
+    apply_replicas,
+    compiler_options,
+    draw,
+    replicas_of,
+)
 
 AUTO = "auto"
 #: what `choose_weight` chooses from
@@ -71,7 +79,7 @@ def recompute(
         out_specs=SPLIT,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
         return over_devices(state, images, draw(config, step, replicas))
 

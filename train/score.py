@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from train.data import Split
 from train.encoded import Encoded
 from train.feed import Feed
 from train.mesh import DEVICES, SAME, SPLIT, take
-from train.step import Metrics, TrainState, apply_replicas
+from train.step import Metrics, TrainState, apply_replicas, compiler_options
 
 #: with more classes than this, an image also counts if the right one is among so many
 TOP = 5
@@ -138,7 +139,7 @@ def _make_total(
         out_specs=SAME,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def of_batch(
         state: TrainState, batch: Split, counts: jax.Array, start: int, more: Any
     ) -> Any:
