@@ -96,31 +96,25 @@ def predict_conv(
     deviation = np.sqrt(share)[:, None] * (inside - p)
     weights = np.vstack([p, deviation[np.any(deviation, axis=1)]])
 
-    def contract(stat: jax.Array, weights: np.ndarray, kernel: jax.Array) -> jax.Array:
-        """Returns stat . (weights @ kernel), ``[..., number of weights, D]``."""
-        # The taps are summed first, once for all replicas under vmap.
-        kernel = _weigh(weights, kernel.reshape(height * width, -1))
+    def by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns stat . kernel of each tap, ``[..., taps, D]``."""
         out = jnp.einsum(
-            "...gc,kcgo->...kgo",
+            "...gc,tcgo->...tgo",
             stat.reshape(*stat.shape[:-1], groups, channels),
-            kernel.reshape(len(weights), channels, groups, features // groups),
+            kernel.reshape(height * width, channels, groups, features // groups),
             precision=lax.Precision.HIGHEST,
         )
         return out.reshape(*out.shape[:-2], features)
 
-    local = contract(mean, weights, kernel)
-    var = contract(var, p[None], jnp.square(kernel))[..., 0, :]
+    def weigh(weights: np.ndarray, taps: jax.Array) -> jax.Array:
+        """Returns weights @ taps, ``[..., number of weights, D]``."""
+        return jnp.sum(jnp.float32(weights)[..., None] * taps[..., None, :, :], axis=-2)
+
+    local = weigh(weights, by_tap(mean, kernel))
+    var = weigh(p[None], by_tap(var, jnp.square(kernel)))[..., 0, :]
     var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
     mean = local[..., 0, :]
     return KalmanState(mean if bias is None else mean + bias, var)
-
-
-def _weigh(weights: np.ndarray, kernel: jax.Array) -> jax.Array:
-    """Returns weights @ kernel, ``[number of weights, taps] @ [taps, C D]``."""
-    weights = jnp.asarray(weights, jnp.float32)
-    if len(weights) == 1:  # a sum takes the kernel, or its square, where it is computed
-        return jnp.sum(weights.T * kernel, axis=0, keepdims=True)
-    return jnp.matmul(weights, kernel, precision=lax.Precision.HIGHEST)
 
 
 class _Kinds(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax.platform import hold
 from kalman_flax.predict import predict_affine
 from kalman_flax.state import KalmanState, check_choice
 
@@ -106,10 +107,10 @@ def _affine_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     backward pass two sums over the positions give all gradients."""
     x, centre, slope, _ = primals
     d_x, d_centre, d_slope, d_offset = tangents
-    # The barriers have XLA subtract again, as in `observe`, and take the one sum over
-    # the positions for both gradients that it gives.
-    everywhere = lax.optimization_barrier(d_offset - slope * d_centre)
-    centred = x - lax.optimization_barrier(centre)
+    # Has XLA:CPU subtract again, as in `observe`, and take the one sum over the
+    # positions for both gradients that it gives.
+    everywhere = hold(d_offset - slope * d_centre)
+    centred = x - hold(centre)
     return _affine(*primals), slope * d_x + centred * d_slope + everywhere
 
 

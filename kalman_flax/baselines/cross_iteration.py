@@ -14,6 +14,7 @@ from kalman_flax.layers.linear import Conv
 from kalman_flax.layers.normalizer import RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
+from kalman_flax.platform import hold
 from kalman_flax.predict import predict_affine
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize, update
@@ -214,8 +215,8 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
             older.value = newer.value
         past[0].value = latest
         steps.value += 1.0
-        # The barrier: as in KalmanNorm.
-        return lax.optimization_barrier(update(predicted, observed, 1.0 / (count + 1)))
+        # Held as in KalmanNorm.
+        return hold(update(predicted, observed, 1.0 / (count + 1)))
 
 
 def _empty(conv: ConvState) -> _Past:

@@ -13,6 +13,7 @@ from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.normalizer import Normalizer, gradient_stat
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.observe import observe
+from kalman_flax.platform import hold
 from kalman_flax.state import KalmanState, check_choice
 from kalman_flax.update import normalize
 
@@ -150,8 +151,8 @@ def _stream(
     decay = jnp.concatenate([jnp.ones_like(decay[:1]), decay])
     new = jnp.concatenate([start[None], new])
     _, s = lax.associative_scan(join, (decay, new))
-    # Keeps XLA from computing these small vectors again at every pixel.
-    s = lax.optimization_barrier(s.astype(start.dtype))
+    # Keeps XLA:CPU from computing these small vectors again at every pixel.
+    s = hold(s.astype(start.dtype))
     return s[:-1], s[-1]
 
 

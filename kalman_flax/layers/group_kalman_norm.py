@@ -12,6 +12,7 @@ from jax import lax
 from kalman_flax.layers.kalman_norm import FilterParameters, Parameters
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 from kalman_flax.observe import observe
+from kalman_flax.platform import hold
 from kalman_flax.predict import predict_affine, predict_group
 from kalman_flax.state import KalmanState
 from kalman_flax.update import normalize, update
@@ -109,8 +110,8 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
                     " jax.vmap over several micro-batches."
                 )
             predicted = parameters.predict_noise(predicted)
-            # The barrier for the reason that is told in `KalmanNorm`.
-            state = lax.optimization_barrier(update(predicted, state, parameters.gain))
+            # Held for the reason that is told in `KalmanNorm`.
+            state = hold(update(predicted, state, parameters.gain))
         return x.replace(state=state)
 
     def normalize(self, x: Signal) -> Signal:

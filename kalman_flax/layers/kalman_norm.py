@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kalman_flax.layers.normalizer import Affine, RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal, state_of
+from kalman_flax.platform import hold
 from kalman_flax.state import KalmanState, check_choice
 from kalman_flax.update import (
     RULES,
@@ -177,9 +178,10 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             )
         if use_running_average:
             return x.replace(state=running)
-        # Has XLA form the gradient of the input once, not for each of its readers anew.
-        x = x.replace(value=jax.lax.optimization_barrier(x.value))
-        state = self._observe(x.value, axis=self.axis, mask=mask)
+        # Has XLA:CPU form the gradient of the input once, not for each of its readers.
+        x = x.replace(value=hold(x.value))
+        guess = None if predicted is None else predicted.mean
+        state = self._observe(x.value, axis=self.axis, mask=mask, guess=guess)
         self._report("observed", state)
         if predicted is not None:
             self._report("predicted", predicted)
@@ -187,9 +189,9 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             if self.outlier_ratio is not None:
                 predicted = reject_outlier(predicted, state, self.outlier_ratio)
             state = update(predicted, state, parameters.gain, self.rule)
-            # Keeps XLA from computing these small vectors, and those of all layers
+            # Keeps XLA:CPU from computing these small vectors, and those of all layers
             # below that they follow from, again at every pixel.
-            state = jax.lax.optimization_barrier(state)
+            state = hold(state)
         self._report("filtered", state)
         self._move_running(running, state)
         self._count_step()

@@ -53,11 +53,12 @@ class Running:
 
     @nn.nowrap
     def _observe(
-        self, value: jax.Array, *, axis: int = -1, mask: jax.Array | None = None
+        self, value: jax.Array, *, axis: int = -1, **options: jax.Array | None
     ) -> KalmanState:
-        """The moments of the micro-batch, shared over `axis_name`."""
+        """The moments of the micro-batch, shared over `axis_name`; options of `observe`
+        are ``mask`` and ``guess``."""
         axis_name = None if self.is_initializing() else self.axis_name
-        return observe(value, axis=axis, mask=mask, axis_name=axis_name)
+        return observe(value, axis=axis, axis_name=axis_name, **options)
 
     @nn.nowrap
     def _move_running(self, running: KalmanState, state: KalmanState) -> None:
