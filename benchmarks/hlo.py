@@ -14,6 +14,12 @@ _COLLECTIVE = re.compile(
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 _SIZES = {"pred": 1, "bf16": 2}
 
+_NAME = re.compile(r"%[\w.\-]+")
+_INSTRUCTION = re.compile(
+    r"^ +(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", re.M
+)
+_NO_KERNEL = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
 
 class Collective(NamedTuple):
     """An operation between devices, and the bytes of its result on one of them."""
@@ -48,6 +54,21 @@ def bytes_moved(compiled: Any) -> float:
     return compiled.cost_analysis()["bytes accessed"] - 2 * passed
 
 
+def bytes_of_kernels(hlo: str) -> int:
+    """Returns the bytes of all that enters and leaves the kernels of a program: what it
+    would move if each read its operands once, and nothing stayed in a cache."""
+    hlo = re.sub(r"(?<=\])\{[^{}]*\}", "", hlo)  # layouts
+    entry = hlo[hlo.index("\nENTRY ") :]
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, shapes, kind, operands in _INSTRUCTION.findall(entry):
+        sizes[name] = sum(_bytes(*shape) for shape in _SHAPE.findall(shapes))
+        if kind not in _NO_KERNEL:
+            read = sum(sizes.get(other, 0) for other in _NAME.findall(operands))
+            total += sizes[name] + read
+    return total
+
+
 def count_fusions(hlo: str) -> int:
     """Returns the number of fusions and other kernels in a compiled program, without
     what is inside of a fusion."""
@@ -70,5 +91,5 @@ def operations(hlo: str) -> str:
     )
     numbers: dict[str, str] = {}
     return re.sub(
-        r"%[\w.\-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), text
+        _NAME, lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), text
     )
