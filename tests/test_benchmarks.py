@@ -5,6 +5,7 @@ import pytest
 from benchmarks.hlo import (
     Collective,
     bytes_moved,
+    bytes_of_kernels,
     collectives,
     count_fusions,
     operations,
@@ -33,6 +34,9 @@ def test_collectives_and_kernels_of_a_program():
         Collective("all-gather", 3),
     ]
     assert count_fusions(HLO) == 2
+    reduced, gathered, fused = 4 * 164 + 4, 3, 4
+    results = reduced + gathered + fused + 4 * 512 + 4 * 4
+    assert bytes_of_kernels(HLO) == results + reduced + fused  # those read again
 
 
 def flops(variant, micro_batch_size):
