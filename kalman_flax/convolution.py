@@ -94,7 +94,7 @@ def predict_conv(
     # its variance is the sum of squares of what each kind deviates, times its share.
     p = share @ inside
     deviation = np.sqrt(share)[:, None] * (inside - p)
-    weights = np.vstack([p, deviation[np.any(deviation, axis=1)]])
+    deviation = deviation[np.any(deviation, axis=1)]
 
     def by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns stat . kernel of each tap, ``[..., taps, D]``."""
@@ -107,13 +107,15 @@ def predict_conv(
         return out.reshape(*out.shape[:-2], features)
 
     def weigh(weights: np.ndarray, taps: jax.Array) -> jax.Array:
-        """Returns weights @ taps, ``[..., number of weights, D]``."""
-        return jnp.sum(jnp.float32(weights)[..., None] * taps[..., None, :, :], axis=-2)
+        """Returns weights @ taps, ``[..., D]`` or ``[..., number of weights, D]``."""
+        taps = taps if weights.ndim == 1 else taps[..., None, :, :]
+        return jnp.sum(jnp.float32(weights)[..., None] * taps, axis=-2)
 
-    local = weigh(weights, by_tap(mean, kernel))
-    var = weigh(p[None], by_tap(var, jnp.square(kernel)))[..., 0, :]
-    var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
-    mean = local[..., 0, :]
+    local = by_tap(mean, kernel)
+    var = weigh(p, by_tap(var, jnp.square(kernel)))
+    if len(deviation):
+        var += jnp.sum(jnp.square(weigh(deviation, local)), axis=-2)
+    mean = weigh(p, local)
     return KalmanState(mean if bias is None else mean + bias, var)
 
 
