@@ -41,7 +41,8 @@ def observe(
             that is masked out entirely has mean 0 and variance 0.
         axis_name: mapped axis to share the statistics over, weighted by counts.
         guess: for ``"batch"``, ``[C]``, what the means will be, more or less. The
-            rounding error of the variance grows by (mean - guess)^2.
+            rounding error of the variance grows by (mean - guess)^2. Not used with a
+            mask or an axis.
 
     Returns:
         float32 state: ``[C]`` for ``"batch"``, ``[N, C]`` otherwise, where each

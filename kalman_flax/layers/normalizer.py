@@ -53,12 +53,16 @@ class Running:
 
     @nn.nowrap
     def _observe(
-        self, value: jax.Array, *, axis: int = -1, **options: jax.Array | None
+        self,
+        value: jax.Array,
+        *,
+        axis: int = -1,
+        mask: jax.Array | None = None,
+        guess: jax.Array | None = None,
     ) -> KalmanState:
-        """The moments of the micro-batch, shared over `axis_name`; options of `observe`
-        are ``mask`` and ``guess``."""
+        """The moments of the micro-batch, shared over `axis_name`, see `observe`."""
         axis_name = None if self.is_initializing() else self.axis_name
-        return observe(value, axis=axis, axis_name=axis_name, **options)
+        return observe(value, axis=axis, mask=mask, axis_name=axis_name, guess=guess)
 
     @nn.nowrap
     def _move_running(self, running: KalmanState, state: KalmanState) -> None:
