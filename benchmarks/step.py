@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -42,7 +41,7 @@ _MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors o
 _DTYPES = flags.DEFINE_list("dtypes", "float32", "Of float32, bfloat16.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timings of each.", lower_bound=1)
 _TORCH = flags.DEFINE_bool(
-    "torch", False, "Time PyTorch's cifar_resnet too, if installed."
+    "torch", False, "Time PyTorch's cifar_resnet and resnet50 too, if installed."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for step.json.")
 
@@ -75,11 +74,7 @@ def compile_program(config: ConfigDict) -> Program:
         "inference_flops": inference.cost_analysis()["flops"],
         "inference_fusions": count_fusions(inference.as_text()),
     }
-    return Program(
-        train,
-        lambda: jax.block_until_ready(inference(train.state, batch.images)),
-        facts,
-    )
+    return Program(train, lambda: inference(train.state, batch.images), facts)
 
 
 def compare(network: str, dtype: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -98,9 +93,11 @@ def compare(network: str, dtype: str, sizes: Sequence[int]) -> list[dict[str, An
         for variant in _VARIANTS.value
     }
     steps = {key: program.train for key, program in made.items()}
-    if _TORCH.value and network == "cifar_resnet":
+    if _TORCH.value and network in torch_step.NETWORKS:
         shape = (_BATCH_SIZE.value, 3, _SIZE.value, _SIZE.value)
-        steps["torch", max(sizes)] = torch_step.make(shape, _BLOCKS.value, dtype)
+        steps["torch", max(sizes)] = torch_step.make(
+            network, shape, _BLOCKS.value, dtype
+        )
     train = measure(steps, _ROUNDS.value)
     infer = measure({key: p.infer for key, p in made.items()}, _ROUNDS.value)
     rows = []

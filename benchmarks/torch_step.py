@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+NETWORKS = ("cifar_resnet", "resnet50")
 
 
-def make(shape: tuple[int, int, int, int], blocks: int, dtype: str) -> Callable:
-    """Returns a training step of the 6n + 2 layer ResNet on random images.
+def make(
+    network: str, shape: tuple[int, int, int, int], blocks: int, dtype: str
+) -> Callable[[], Any]:
+    """Returns a training step on random images; what it returns can be waited for.
 
     Args:
+        network: of `NETWORKS`; resnet50 is torchvision's.
         shape: ``[N, 3, H, W]``.
-        blocks: n.
+        blocks: n of the ResNet of 6n + 2 layers.
         dtype: float32, or bfloat16 by autocast.
 
     Raises:
@@ -18,10 +24,54 @@ def make(shape: tuple[int, int, int, int], blocks: int, dtype: str) -> Callable:
     """
     try:
         import torch
-        from torch import nn
         from torch.nn import functional as F
     except ImportError as error:
         raise ValueError("--torch needs PyTorch: pip install torch.") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True  # XLA tries cuDNN's algorithms, too
+    model = _resnet50() if network == "resnet50" else _cifar_resnet(blocks)
+    model = model.to(device, memory_format=torch.channels_last)
+    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, shape[:1], device=device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
+    )
+
+    def step() -> _Loss:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return _Loss(loss)
+
+    return step
+
+
+class _Loss:
+    """Waits for the device as a JAX array does."""
+
+    def __init__(self, loss: Any):
+        self._loss = loss
+
+    def block_until_ready(self) -> None:
+        self._loss.item()
+
+
+def _resnet50() -> Any:
+    try:
+        from torchvision.models import resnet50
+    except ImportError as error:
+        raise ValueError(
+            "--torch with resnet50 needs torchvision: pip install torchvision."
+        ) from error
+    return resnet50(num_classes=10)
+
+
+def _cifar_resnet(blocks: int) -> Any:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
 
     def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
         return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -48,24 +98,7 @@ def make(shape: tuple[int, int, int, int], blocks: int, dtype: str) -> Callable:
             stride = 2 if stage and not index else 1
             layers.append(Block(inputs, width, stride, first=not stage and not index))
             inputs = width
-    network = nn.Sequential(
+    return nn.Sequential(
         conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *layers, nn.BatchNorm2d(64),
         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device, memory_format=torch.channels_last)
-    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, shape[:1], device=device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
-    )
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-
-    return step

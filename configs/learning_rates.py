@@ -4,15 +4,18 @@
         --workdir=runs/rates --data_dir=DIR
 
 A comparison at one rate for all favours those whose rate it is. With
-``--config.warmup_epochs=1`` the rate rises to it over the first epoch.
+``--config.warmup_epochs=1`` the rate rises to it over the first epoch; ``--at_once=12``
+trains the rates and seeds of a normaliser at once, on a GPU.
 """
+
+import json
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import cifar10_short
+from configs.micro_batch_sizes import INDIVIDUAL, SHARED, ramp
 
-#: normaliser and micro-batch size; group norm takes each image by itself
-ENTRIES = (("batch", 128), ("group_ws", 2), ("kalman_wc", 2), ("kalman_wc", 1))
 RATES = (0.05, 0.1, 0.2, 0.4)
 
 
@@ -20,12 +23,28 @@ def get_config() -> ConfigDict:
     """Returns the study."""
     config = cifar10_short.get_config()
     config.eval_epochs = config.epochs
+    steps = config.epochs * config.train_examples // config.batch_size
     config.variants = tuple(
-        (
-            f"{norm}@{size} rate {rate}",
-            {"norm": norm, "micro_batch_size": size, "learning_rate": rate},
-        )
+        (f"{name} rate {rate}", keys | {"learning_rate": rate})
         for rate in RATES
-        for norm, size in ENTRIES
+        for name, keys in _entries(steps)
     )
     return config
+
+
+def _entries(steps: int) -> list[tuple[str, dict[str, Any]]]:
+    """What is compared, and the config keys that choose it."""
+    sizes = [("batch", 128), ("kalman_wc", 1)]
+    sizes += [(norm, 2) for norm in SHARED + INDIVIDUAL]
+    entries = [
+        (f"{norm}@{size}", {"norm": norm, "micro_batch_size": size} | ramp(norm, steps))
+        for norm, size in sizes
+    ]
+    falling = {"norm_options": json.dumps({"decay_steps": steps})}
+    return entries + [
+        (
+            f"kalman_wc falling@{size}",
+            {"norm": "kalman_wc", "micro_batch_size": size} | falling,
+        )
+        for size in (1, 2)
+    ]

@@ -23,7 +23,7 @@ from kalman_flax import NORMALIZERS
 from train import cli, figure, report
 from train import workdir as wd
 from train.experiment import check
-from train.runs import Entry, configure, run
+from train.runs import Entry, Job, configure, run, run_together
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _NORMS = flags.DEFINE_list(
@@ -44,6 +44,14 @@ _MICRO_BATCH_SIZES = flags.DEFINE_list(
 )
 _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
+)
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once",
+    None,
+    "Train up to so many runs side by side that differ in seed and learning rate alone,"
+    " compiled once: for a GPU or TPU that one run does not fill. Default: one after"
+    " the other.",
+    lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
 
@@ -94,12 +102,16 @@ def main() -> None:
     entries = at_sizes(entries, sizes)
     for entry in entries:  # not after hours of runs
         check(configure(config, entry, seed=0))
-    runs = []
+    jobs = []
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
             run_config = configure(config, entry, seed)
             run_dir = workdir / _run_dir(run_config, entry.variant)
-            runs.append(run(run_config, entry.variant, run_dir, cli.DATA_DIR.value))
+            jobs.append(Job(run_config, entry.variant, run_dir))
+    if _AT_ONCE.value:
+        runs = run_together(jobs, cli.DATA_DIR.value, _AT_ONCE.value)
+    else:
+        runs = [run(*job, cli.DATA_DIR.value) for job in jobs]
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(

@@ -57,7 +57,7 @@ def find_bad_number(
         in_specs=(SAME, SPLIT, SPLIT),
         out_specs=SAME,
     )
-    draws = draw(config, state.step, replicas_of(config, experiment.mesh))
+    draws = draw(config, config.seed, state.step, replicas_of(config, experiment.mesh))
     forward, backward = jax.device_get(jax.jit(over_devices)(state, batch, draws))
     for layer, bad in zip(layers, forward):
         if bad:

@@ -193,8 +193,13 @@ def make_network(config: Any, dataset: Dataset) -> nn.Module:
     )
 
 
-def make_schedule(config: Any, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, then cosine or steps."""
+def make_schedule(
+    config: Any, steps_per_epoch: int, rate: jax.Array | float | None = None
+) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up, then cosine or steps.
+
+    `rate` takes the place of ``config.learning_rate``.
+    """
     check_choice("schedule", config.schedule, ("cosine", "step"))
     warmup = config.warmup_epochs * steps_per_epoch
     steps = config.epochs * steps_per_epoch - warmup
@@ -203,7 +208,7 @@ def make_schedule(config: Any, steps_per_epoch: int) -> optax.Schedule:
             f"warmup_epochs {config.warmup_epochs} leaves none of epochs"
             f" {config.epochs}."
         )
-    rate = config.learning_rate
+    rate = config.learning_rate if rate is None else rate
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(rate, steps)
     else:

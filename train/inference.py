@@ -81,7 +81,7 @@ def recompute(
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
-        return over_devices(state, images, draw(config, step, replicas))
+        return over_devices(state, images, draw(config, config.seed, step, replicas))
 
     stats = precise_statistics(
         lambda step: write(state, experiment.batch(step).images, step),

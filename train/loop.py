@@ -6,12 +6,12 @@ import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from train.diagnose import find_bad_number
 from train.experiment import Experiment, build
 from train.feed import Ahead
 from train.profile import check_steps, profiler
+from train.step import Metrics, TrainState
 
 
 class NonFiniteError(FloatingPointError):
@@ -58,49 +59,137 @@ def train(
     check_steps(config.profile_steps)  # first: a bad config claims no workdir
     experiment = build(config, data_dir)
     with contextlib.ExitStack() as stack:
+        run = Run(config, workdir, stack)
+        state = run.restore(experiment.state)
+        loop = Loop(experiment, [run], lambda tree, number: tree)
+        state = loop.train(state, int(state.step))
+        return run.finish(experiment, state, loop.seconds)
+
+
+class Run:
+    """A run at work: its directory, and what came of it.
+
+    Attributes:
+        final: of the last test; empty before.
+        error: why it ended before its end; None if it did not.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack
+    ):
+        """Claims `workdir`, until the `stack` is left.
+
+        Raises:
+            ValueError: it is another run's.
+        """
         if processes.primary():
             stack.enter_context(wd.locked(workdir))
         wd.claim(workdir, config)
-        checkpoints = stack.enter_context(wd.open_checkpoints(workdir))
-        state = wd.restore(checkpoints, experiment.state)
-        wd.forget_after(checkpoints, int(state.step))
-        log = wd.MetricsLog(workdir, int(state.step))
-        stack.callback(log.close)
-        run = _Run(config, experiment, checkpoints, log, workdir)
-        state = run.train(state)
-        summary = _summary(config, experiment, run, state, wd.read_metrics(workdir))
+        self.config, self.workdir = config, workdir
+        self.checkpoints = stack.enter_context(wd.open_checkpoints(workdir))
+        self._stack = stack
+        self.final: dict[str, float] = {}
+        self.error: NonFiniteError | None = None
+
+    def restore(self, state: TrainState) -> TrainState:
+        """Returns the state of the last checkpoint, or `state`; the log goes on
+        from there."""
+        state = wd.restore(self.checkpoints, state)
+        wd.forget_after(self.checkpoints, int(state.step))
+        self.log = wd.MetricsLog(self.workdir, int(state.step))
+        self._stack.callback(self.log.close)
+        return state
+
+    def check(self, metrics: dict[str, np.ndarray], step: int) -> None:
+        """Looks at the metrics of update `step`; sets `error` if one is not finite."""
+        if self.error or all(np.isfinite(value) for value in metrics.values()):
+            return
+        kept = self.checkpoints.latest_step()
+        found = ", ".join(f"{k} {float(v):g}" for k, v in metrics.items())
+        self.error = NonFiniteError(
+            f"training stopped at step {step}: {found}. "
+            + (
+                f"The last good checkpoint, of step {kept}, is kept in"
+                f" {self.checkpoints.directory}."
+                if kept is not None
+                else "There is no checkpoint yet."
+            )
+            + " A smaller learning_rate or a longer warm-up often helps."
+        )
+
+    def finish(
+        self, experiment: Experiment, state: TrainState, seconds: float
+    ) -> dict[str, Any]:
+        """Returns the summary, and writes it."""
+        config = self.config
+        lines = wd.read_metrics(self.workdir)
+        losses = [line["train_loss"] for line in lines if "train_loss" in line]
+        summary = {
+            "norm": config.norm,
+            "batch_size": config.batch_size,
+            "micro_batch_size": config.micro_batch_size,
+            "learning_rate": config.learning_rate,
+            "devices": experiment.mesh.size,
+            "seed": config.seed,
+            "final_train_loss": losses[-1],
+            **{f"test_{name}": value for name, value in self.final.items()},
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            "steps": int(state.step),
+            "train_images": experiment.train.examples,
+            "test_images": experiment.test.examples,
+            "seconds": round(seconds, 1),
+            **wd.provenance(),
+        }
         if processes.primary():
-            wd.write_json(workdir / wd.SUMMARY, summary)
-    return summary
+            wd.write_json(self.workdir / wd.SUMMARY, summary)
+        return summary
 
 
-class _Run:
-    """One call of `train`: steps, and now and then a log line, a test, a checkpoint."""
+class Loop:
+    """Updates, and now and then a log line, a test, a checkpoint, of one run or more.
+
+    Several runs share the steps of one experiment and differ in what `pick` finds.
+    """
 
     def __init__(
         self,
-        config: ConfigDict,
         experiment: Experiment,
-        checkpoints: ocp.CheckpointManager,
-        log: wd.MetricsLog,
-        workdir: pathlib.Path,
+        runs: Sequence[Run],
+        pick: Callable[[Any, int], Any],
     ):
-        self.config, self.experiment, self.workdir = config, experiment, workdir
-        self.checkpoints, self.log = checkpoints, log
-        self.started = time.monotonic() - log.seconds
-        self.pending: list[dict[str, jax.Array]] = []  # metrics not yet looked at
-        self.final: dict[str, float] = {}
+        """Makes ready to train.
+
+        Args:
+            experiment: whose `train_step` and `batch` are those of all runs.
+            runs: of equal configs but for what `pick` tells apart.
+            pick: from states or metrics of all runs to those of run number so many.
+        """
+        self.config, self.experiment = runs[0].config, experiment
+        self.runs, self._pick = runs, pick
+        self._started = time.monotonic() - max(run.log.seconds for run in runs)
+        self._pending: list[Metrics] = []  # not yet looked at
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        """That training took so far, over all interruptions."""
+        return time.monotonic() - self._started
 
-    def train(self, state: Any) -> Any:
+    @property
+    def _alive(self) -> list[tuple[int, Run]]:
+        return [(i, run) for i, run in enumerate(self.runs) if run.error is None]
+
+    def train(self, state: Any, start: int) -> Any:
+        """Returns the state after the last update; `state` is that after `start`.
+
+        Raises:
+            NonFiniteError: of the first run, when no run is left without.
+            processes.Stopped: as asked; all is saved.
+        """
         config, experiment = self.config, self.experiment
-        start, total = int(state.step), experiment.total_steps
+        total = experiment.total_steps
         checkpoint_steps = config.checkpoint_epochs * experiment.steps_per_epoch
         eval_steps = config.eval_epochs * experiment.steps_per_epoch
-        folder = self.workdir / "profile"
+        folder = self.runs[0].workdir / "profile"
         with (
             processes.stop_requests() as stop_asked,
             profiler(config.profile_steps, folder) as profile,
@@ -109,15 +198,16 @@ class _Run:
         ):
             for step in range(start, total):
                 profile(step, state)
-                state = self._update(step, state, batches.next(self.pending[-1:]))
-                bar.update(config.batch_size)
+                state = self._update(step, state, batches.next(self._pending[-1:]))
+                bar.update(config.batch_size * len(self.runs))
                 done = step + 1
                 last, stop = done == total, stop_asked(done)
                 if last or done % config.log_steps == 0:
                     self._report(done, bar, batches.waited())
                 if last or stop or done % checkpoint_steps == 0:
                     self._look(done)
-                    wd.save(self.checkpoints, done, state)
+                    for i, run in self._alive:
+                        wd.save(run.checkpoints, done, self._pick(state, i))
                 if stop and not last:
                     raise processes.Stopped(
                         f"stopped as asked, after step {done} of {total}; the same"
@@ -125,18 +215,19 @@ class _Run:
                     )
                 if last or done % eval_steps == 0:
                     self._test(done, state)
-        if not self.final:  # every step was done before: killed before the summary
+        if start == total:  # killed before the summary
             self._test(total, state)
         return state
 
     def _progress(self, start: int) -> tqdm:
-        config, experiment = self.config, self.experiment
+        config, experiment, runs = self.config, self.experiment, len(self.runs)
+        images = config.batch_size * runs
+        what = f"seed {config.seed}" if runs == 1 else f"{runs} runs"
         return tqdm(
-            total=experiment.total_steps * config.batch_size,
-            initial=start * config.batch_size,
+            total=experiment.total_steps * images,
+            initial=start * images,
             desc=f"{config.norm}, batch {config.batch_size}, micro-batch"
-            f" {config.micro_batch_size}, {experiment.mesh.size} device(s), seed"
-            f" {config.seed}",
+            f" {config.micro_batch_size}, {experiment.mesh.size} device(s), {what}",
             unit="img",
             unit_scale=True,
             mininterval=1.0,
@@ -147,7 +238,7 @@ class _Run:
         """One update; its metrics wait for the next look."""
         before = jax.tree.map(jnp.copy, state) if self.config.debug_nans else None
         state, metrics = self.experiment.train_step(state, batch)
-        self.pending.append(metrics)
+        self._pending.append(metrics)
         if self.config.debug_nans:
             try:
                 self._fetch(step + 1, [metrics])
@@ -156,29 +247,18 @@ class _Run:
                 raise NonFiniteError(f"{error}\nWhere it began: {place}.") from None
         return state
 
-    def _look(self, done: int) -> list[dict[str, float]]:
+    def _look(self, done: int) -> list[Metrics]:
         """Fetches the metrics since the last look, the newest after `done` steps."""
-        seen, self.pending = self._fetch(done, self.pending), []
+        seen, self._pending = self._fetch(done, self._pending), []
         return seen
 
-    def _fetch(
-        self, done: int, pending: list[dict[str, jax.Array]]
-    ) -> list[dict[str, float]]:
+    def _fetch(self, done: int, pending: list[Metrics]) -> list[Metrics]:
         seen = jax.device_get(pending)
         for step, metrics in enumerate(seen, done - len(seen) + 1):
-            if not all(np.isfinite(value) for value in metrics.values()):
-                kept = self.checkpoints.latest_step()
-                found = ", ".join(f"{k} {float(v):g}" for k, v in metrics.items())
-                raise NonFiniteError(
-                    f"training stopped at step {step}: {found}. "
-                    + (
-                        f"The last good checkpoint, of step {kept}, is kept in"
-                        f" {self.checkpoints.directory}."
-                        if kept is not None
-                        else "There is no checkpoint yet."
-                    )
-                    + " A smaller learning_rate or a longer warm-up often helps."
-                )
+            for i, run in self._alive:
+                run.check(self._pick(metrics, i), step)
+            if not self._alive:
+                raise self.runs[0].error
         return seen
 
     def _report(self, done: int, bar: tqdm, data_wait: float) -> None:
@@ -187,51 +267,33 @@ class _Run:
         seen = self._look(done)
         if not seen:  # a checkpoint has just looked
             return
-        means = {k: float(np.mean([m[k] for m in seen])) for k in seen[0]}
+        means = jax.tree.map(lambda *values: np.mean(values, axis=0), *seen)
         memory = wd.memory_in_use()
         bar.set_postfix(
-            loss=f"{means['loss']:.3f}",
-            accuracy=f"{means['accuracy']:.1%}",
+            loss=f"{np.nanmean(means['loss']):.3f}",
+            accuracy=f"{np.nanmean(means['accuracy']):.1%}",
             memory=f"{memory / 2**30:.1f}GiB",
         )
-        self.log.write(
-            done,
-            self.seconds,
-            learning_rate=float(self.experiment.schedule(done - 1)),
-            images_per_second=bar.format_dict["rate"] or 0.0,
-            data_wait=data_wait,
-            memory_bytes=memory,
-            **{f"train_{name}": value for name, value in means.items()},
-        )
+        for i, run in self._alive:
+            rate = self.experiment.schedule(done - 1)
+            run.log.write(
+                done,
+                self.seconds,
+                learning_rate=float(self._pick(rate, i)),
+                images_per_second=bar.format_dict["rate"] or 0.0,
+                data_wait=data_wait,
+                memory_bytes=memory,
+                **{
+                    f"train_{name}": float(value)
+                    for name, value in self._pick(means, i).items()
+                },
+            )
 
     def _test(self, done: int, state: Any) -> None:
-        self.final = self.experiment.evaluate(state, self.experiment.test)
-        self.log.write(
-            done, self.seconds, **{f"test_{k}": v for k, v in self.final.items()}
-        )
-
-
-def _summary(
-    config: ConfigDict,
-    experiment: Experiment,
-    run: _Run,
-    state: Any,
-    lines: list[dict[str, float]],
-) -> dict[str, Any]:
-    losses = [line["train_loss"] for line in lines if "train_loss" in line]
-    return {
-        "norm": config.norm,
-        "batch_size": config.batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "learning_rate": config.learning_rate,
-        "devices": experiment.mesh.size,
-        "seed": config.seed,
-        "final_train_loss": losses[-1],
-        **{f"test_{name}": value for name, value in run.final.items()},
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "steps": int(state.step),
-        "train_images": experiment.train.examples,
-        "test_images": experiment.test.examples,
-        "seconds": round(run.seconds, 1),
-        **wd.provenance(),
-    }
+        for i, run in self._alive:
+            run.final = self.experiment.evaluate(
+                self._pick(state, i), self.experiment.test
+            )
+            run.log.write(
+                done, self.seconds, **{f"test_{k}": v for k, v in run.final.items()}
+            )

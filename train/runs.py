@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from train import report
 from train import workdir as wd
 from train.loop import NonFiniteError, train
+from train.together import in_common, train_together
 
 
 class Entry(NamedTuple):
@@ -38,6 +40,14 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
     return config
 
 
+class Job(NamedTuple):
+    """A run to be made: its config, what it is called, its directory."""
+
+    config: ConfigDict
+    variant: str
+    run_dir: pathlib.Path
+
+
 def run(
     config: ConfigDict, variant: str, run_dir: pathlib.Path, data_dir: str | None
 ) -> report.Run:
@@ -46,7 +56,41 @@ def run(
     try:
         summary = train(config, run_dir, data_dir)
     except NonFiniteError as error:
-        print(f"{run_dir.name} diverged: {error}")
-        keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
-        summary = {key: config[key] for key in keys} | {"diverged": True}
+        summary = _diverged(config, run_dir, error)
     return report.Run({"variant": variant} | summary, wd.read_metrics(run_dir))
+
+
+def run_together(
+    jobs: Sequence[Job], data_dir: str | None, at_once: int
+) -> list[report.Run]:
+    """The same of all jobs, up to `at_once` of those side by side that differ in seed
+    and learning rate alone."""
+    errors: dict[pathlib.Path, NonFiniteError] = {}
+    for alike in _alike(jobs):
+        configs, run_dirs = [j.config for j in alike], [j.run_dir for j in alike]
+        errors |= train_together(configs, run_dirs, data_dir, at_once)
+    return [
+        report.Run(
+            {"variant": job.variant}
+            | _diverged(job.config, job.run_dir, errors[job.run_dir]),
+            wd.read_metrics(job.run_dir),
+        )
+        if job.run_dir in errors
+        else run(*job, data_dir)
+        for job in jobs
+    ]
+
+
+def _alike(jobs: Sequence[Job]) -> Iterable[list[Job]]:
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(in_common(job.config), []).append(job)
+    return groups.values()
+
+
+def _diverged(
+    config: ConfigDict, run_dir: pathlib.Path, error: NonFiniteError
+) -> dict[str, Any]:
+    print(f"{run_dir.name} diverged: {error}")
+    keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
+    return {key: config[key] for key in keys} | {"diverged": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,6 +51,28 @@ class TrainState(flax.struct.PyTreeNode):
         return self.learned | {"batch_stats": self.batch_stats}
 
 
+def init_state(
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: jax.Array | int,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """Initialises network and optimiser for images of `image_shape`, ``[H, W, C]``."""
+    key = jax.random.key(seed)
+    variables = network.init(
+        {"params": key, RNG: key},
+        jnp.zeros((1, *image_shape)),
+        use_running_average=False,
+    )
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        gradient_stats=variables.get("gradient_stats", {}),
+        opt_state=optimizer.init(variables["params"]),
+    )
+
+
 def create_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -57,24 +80,8 @@ def create_state(
     image_shape: tuple[int, ...],
     mesh: Mesh,
 ) -> TrainState:
-    """Initialises network and optimiser for images of `image_shape`, ``[H, W, C]``, the
-    same on every device of `mesh`."""
-
-    def init() -> TrainState:
-        key = jax.random.key(seed)
-        variables = network.init(
-            {"params": key, RNG: key},
-            jnp.zeros((1, *image_shape)),
-            use_running_average=False,
-        )
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            gradient_stats=variables.get("gradient_stats", {}),
-            opt_state=optimizer.init(variables["params"]),
-        )
-
+    """Returns `init_state`, the same on every device of `mesh`."""
+    init = functools.partial(init_state, network, optimizer, seed, image_shape)
     return jax.jit(init, out_shardings=same(mesh))()
 
 
@@ -93,9 +100,11 @@ class Draws(NamedTuple):
     keys: jax.Array
 
 
-def draw(config: Any, step: jax.Array | int, replicas: int) -> Draws:
+def draw(
+    config: Any, seed: jax.Array | int, step: jax.Array | int, replicas: int
+) -> Draws:
     """Draws the random numbers of update `step`, for ``config.batch_size`` examples."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    key = jax.random.fold_in(jax.random.key(seed), step)
     crop_key, replica_key = jax.random.split(key)
     return Draws(
         draw_crops(crop_key, config.batch_size, config.crop_padding, config.flip),
@@ -178,14 +187,14 @@ def loss_of(
     return share[0], (share, written)
 
 
-def make_train_step(
+def make_update(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     standardize: Callable[[jax.Array], jax.Array],
     config: Any,
     mesh: Mesh,
-) -> Callable[[TrainState, Split], tuple[TrainState, Metrics]]:
-    """Returns the jitted update ``(state, batch) -> (state, metrics)``.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the update ``(state, batch, seed=config.seed) -> (state, metrics)``.
 
     `batch` is split over the devices of `mesh`, `state` the same on all. A device runs
     its micro-batches as replicas, in ``config.accumulate`` parts one after the other.
@@ -225,9 +234,11 @@ def make_train_step(
         on_device, mesh=mesh, in_specs=(SAME, SPLIT, SPLIT), out_specs=SAME
     )
 
-    def train_step(state: TrainState, batch: Split) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: Split, seed: jax.Array | int = config.seed
+    ) -> tuple[TrainState, Metrics]:
         (loss, accuracy), grads, batch_stats = over_devices(
-            state, batch, draw(config, state.step, replicas)
+            state, batch, draw(config, seed, state.step, replicas)
         )
         # The sum over the replicas, each of which observed one.
         gradient_stats = jax.tree.map(lambda g: g / replicas, grads["gradient_stats"])
@@ -249,7 +260,19 @@ def make_train_step(
         }
         return state, metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    return update
+
+
+def make_train_step(
+    *args: Any, **kwargs: Any
+) -> Callable[[TrainState, Split], tuple[TrainState, Metrics]]:
+    """Returns `make_update` of the same arguments, jitted; it takes over the state."""
+    return jit_update(make_update(*args, **kwargs))
+
+
+def jit_update(update: Callable) -> Callable:
+    """Jits ``update(state, ...)``, which takes over the state."""
+    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _in_turn(
