@@ -28,6 +28,7 @@ from train.experiment import (
     make_schedule,
 )
 from train.loop import Loop, NonFiniteError, Run
+from train.mesh import same
 from train.profile import check_steps
 from train.step import init_state, jit_update, make_update
 
@@ -83,8 +84,8 @@ def train_together(
         with contextlib.ExitStack() as stack:
             part = missing[start : start + at_once]
             runs = [Run(config, workdir, stack) for config, workdir in part]
-            for same in _by_step(runs, program.restore(runs)):
-                program.train(*same)
+            for alike in _by_step(runs, program.restore(runs)):
+                program.train(*alike)
             errors |= {run.workdir: run.error for run in runs if run.error}
     return errors
 
@@ -130,7 +131,7 @@ class _Program:
                 experiment.mesh,
             )(state, batch, seed)
 
-        self._init = jax.jit(jax.vmap(init))
+        self._init = jax.jit(jax.vmap(init), out_shardings=same(experiment.mesh))
         self._update = jit_update(jax.vmap(update))
         self._stack = jax.jit(_stack)
 
