@@ -111,11 +111,11 @@ def predict_conv(
         taps = taps if weights.ndim == 1 else taps[..., None, :, :]
         return jnp.sum(jnp.float32(weights)[..., None] * taps, axis=-2)
 
-    local = by_tap(mean, kernel)
+    local = weigh(np.stack([p, *deviation]), by_tap(mean, kernel))
+    mean = local[..., 0, :]
     var = weigh(p, by_tap(var, jnp.square(kernel)))
     if len(deviation):
-        var += jnp.sum(jnp.square(weigh(deviation, local)), axis=-2)
-    mean = weigh(p, local)
+        var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
     return KalmanState(mean if bias is None else mean + bias, var)
 
 

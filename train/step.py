@@ -211,23 +211,30 @@ def make_update(
         # once more below.
         learned = lax.pcast(state.learned, DEVICES, to="varying")
 
+        def gradient(learned: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
+            grads, (share, written) = jax.grad(loss_of, has_aux=True)(
+                learned, network, standardize, config, state, *given
+            )
+            return grads, (share, written.get("batch_stats", {}))
+
         def part(total: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
             # The barrier lets no part begin before the one in front of it has ended:
             # that is what saves memory.
             ready, total = lax.optimization_barrier((learned, total))
-            grads, (share, written) = jax.grad(loss_of, has_aux=True)(
-                ready, network, standardize, config, state, *given
-            )
-            total = jax.tree.map(jnp.add, total, grads)
-            return total, (share, written.get("batch_stats", {}))
+            grads, found = gradient(ready, given)
+            return jax.tree.map(jnp.add, total, grads), found
 
-        grads, (shares, written) = _in_turn(
-            part,
-            jax.tree.map(jnp.zeros_like, learned),
-            split_evenly((batch, draws), config.accumulate),
-        )
-        written = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
-        share, grads = lax.psum((jnp.sum(shares, axis=0), grads), DEVICES)
+        if config.accumulate == 1:  # no sum to begin at 0, and nothing to wait for
+            grads, (share, written) = gradient(learned, (batch, draws))
+        else:
+            grads, (shares, written) = _in_turn(
+                part,
+                jax.tree.map(jnp.zeros_like, learned),
+                split_evenly((batch, draws), config.accumulate),
+            )
+            written = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
+            share = jnp.sum(shares, axis=0)
+        share, grads = lax.psum((share, grads), DEVICES)
         return share, grads, merge_running(written, config.stats_momentum, DEVICES)
 
     over_devices = jax.shard_map(
