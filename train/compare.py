@@ -48,8 +48,8 @@ _SEEDS = flags.DEFINE_integer(
 _AT_ONCE = flags.DEFINE_integer(
     "at_once",
     None,
-    "Compile once for all runs that differ in seed and learning rate alone, and train up"
-    " to so many of them by one program. Default: each by a program of its own.",
+    "Compile once for all runs that differ in seed and learning rate alone, and train"
+    " up to so many of them by one program. Default: each by a program of its own.",
     lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")

@@ -1,7 +1,7 @@
 """Runs that differ in seed and learning rate alone, trained at once by `jax.vmap`.
 
-They are compiled once, which takes longer on a GPU than a short run does. Side by side they
-are as fast as one after the other (docs/performance.md has the numbers).
+They are compiled once, which takes longer on a GPU than a short run does. Side by side
+they are as fast as one after the other (docs/performance.md has the numbers).
 """
 
 from __future__ import annotations
