@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -23,6 +24,8 @@ from train.experiment import Experiment, build
 from train.feed import Ahead
 from train.profile import check_steps, profiler
 from train.step import Metrics, TrainState
+
+_norm = jax.jit(optax.tree.norm)
 
 
 class NonFiniteError(FloatingPointError):
@@ -71,6 +74,7 @@ class Run:
 
     Attributes:
         final: of the last test; empty before.
+        parameter_norm: of the last look; NaN before.
         error: why it ended before its end; None if it did not.
     """
 
@@ -89,6 +93,7 @@ class Run:
         self.checkpoints = stack.enter_context(wd.open_checkpoints(workdir))
         self._stack = stack
         self.final: dict[str, float] = {}
+        self.parameter_norm = float("nan")
         self.error: NonFiniteError | None = None
 
     def restore(self, state: TrainState) -> TrainState:
@@ -100,7 +105,7 @@ class Run:
         self._stack.callback(self.log.close)
         return state
 
-    def check(self, metrics: dict[str, np.ndarray], step: int) -> None:
+    def check(self, metrics: dict[str, float], step: int) -> None:
         """Looks at the metrics of update `step`; sets `error` if one is not finite."""
         if self.error or all(np.isfinite(value) for value in metrics.values()):
             return
@@ -203,9 +208,9 @@ class Loop:
                 done = step + 1
                 last, stop = done == total, stop_asked(done)
                 if last or done % config.log_steps == 0:
-                    self._report(done, bar, batches.waited())
+                    self._report(done, state, bar, batches.waited())
                 if last or stop or done % checkpoint_steps == 0:
-                    self._look(done)
+                    self._look(done, state)
                     for i, run in self._alive:
                         wd.save(run.checkpoints, done, self._pick(state, i))
                 if stop and not last:
@@ -242,29 +247,40 @@ class Loop:
         if self.config.debug_nans:
             try:
                 self._fetch(step + 1, [metrics])
+                self._look_at_parameters(step + 1, state)
             except NonFiniteError as error:
                 place = find_bad_number(self.experiment, self.config, before, batch)
                 raise NonFiniteError(f"{error}\nWhere it began: {place}.") from None
         return state
 
-    def _look(self, done: int) -> list[Metrics]:
+    def _look(self, done: int, state: Any) -> list[Metrics]:
         """Fetches the metrics since the last look, the newest after `done` steps."""
         seen, self._pending = self._fetch(done, self._pending), []
+        self._look_at_parameters(done, state)
         return seen
+
+    def _look_at_parameters(self, done: int, state: Any) -> None:
+        for i, run in self._alive:
+            run.parameter_norm = float(_norm(self._pick(state, i).params))
+            run.check({"parameter_norm": run.parameter_norm}, done)
+        self._check_any_left()
 
     def _fetch(self, done: int, pending: list[Metrics]) -> list[Metrics]:
         seen = jax.device_get(pending)
         for step, metrics in enumerate(seen, done - len(seen) + 1):
             for i, run in self._alive:
                 run.check(self._pick(metrics, i), step)
-            if not self._alive:
-                raise self.runs[0].error
+            self._check_any_left()
         return seen
 
-    def _report(self, done: int, bar: tqdm, data_wait: float) -> None:
+    def _check_any_left(self) -> None:
+        if not self._alive:
+            raise self.runs[0].error
+
+    def _report(self, done: int, state: Any, bar: tqdm, data_wait: float) -> None:
         """Logs means over the updates since the last look; a checkpoint is a look too,
         so that a run resumed from it logs the same."""
-        seen = self._look(done)
+        seen = self._look(done, state)
         if not seen:  # a checkpoint has just looked
             return
         means = jax.tree.map(lambda *values: np.mean(values, axis=0), *seen)
@@ -283,6 +299,7 @@ class Loop:
                 images_per_second=bar.format_dict["rate"] or 0.0,
                 data_wait=data_wait,
                 memory_bytes=memory,
+                parameter_norm=run.parameter_norm,
                 **{
                     f"train_{name}": float(value)
                     for name, value in self._pick(means, i).items()

@@ -259,13 +259,8 @@ def make_update(
             gradient_stats=gradient_stats,
             opt_state=opt_state,
         )
-        metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
-            "gradient_norm": optax.tree.norm(grads),
-            "parameter_norm": optax.tree.norm(params),
-        }
-        return state, metrics
+        norm = optax.tree.norm(grads)
+        return state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
 
     return update
 
