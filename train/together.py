@@ -44,9 +44,10 @@ def train_together(
 ) -> dict[pathlib.Path, NonFiniteError]:
     """Trains what is not finished, up to `at_once` runs side by side.
 
-    A run comes to what it comes to by itself, but for rounding, and leaves the same in
-    its workdir; its summary gives the time as its share of that of all. One that
-    diverges is left behind, and the others go on.
+    A run comes to what it comes to by itself, but for rounding (and tests by
+    `kalman_mc`, which draw by the seed of the first), and leaves the same in its
+    workdir; its summary gives the time as its share of that of all. One that diverges
+    is left behind, and the others go on.
 
     Args:
         configs: of the runs; equal but for `FREE`.
@@ -113,10 +114,10 @@ class _Program:
 
     def __init__(self, config: ConfigDict, experiment: Experiment):
         self._config, self._experiment = config, experiment
-        spe = experiment.steps_per_epoch
 
         def optimizer(rate: jax.Array) -> Any:
-            return make_optimizer(config, make_schedule(config, spe, rate))
+            schedule = make_schedule(config, experiment.steps_per_epoch, rate)
+            return make_optimizer(config, schedule)
 
         def init(seed: jax.Array, rate: jax.Array) -> Any:
             shape = experiment.train.image_shape
