@@ -75,7 +75,7 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     (memory, moved, kernels), flax = facts("kalman"), facts("flax")
     assert memory < 0.85 * flax[0]
     assert moved < 0.95 * flax[1]
-    assert kernels < 1.5 * flax[2]
+    assert kernels < 1.6 * flax[2]  # 24 a normaliser
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
