@@ -34,7 +34,7 @@ from train import workdir as wd
 from train.experiment import make_optimizer
 from train.mesh import SAME, SPLIT, make_mesh
 from train.speed import prepare
-from train.step import make_train_step
+from train.step import make_update
 
 TARGETS = ("tpu", "gpu")
 _TARGET = flags.DEFINE_enum("target", "tpu", TARGETS, "What to compile for.")
@@ -100,9 +100,9 @@ def lower(config: ConfigDict, device: jax.Device) -> Any:
     network, _, state, batch = prepare(config, _SIZE.value)
     mesh = make_mesh(1, [device])
     optimizer = make_optimizer(config, lambda step: config.learning_rate)
-    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
-    # Anew, without the options of the CPU that this runs on.
-    step = jax.jit(step.__wrapped__, donate_argnums=0)
+    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    # As `jit_update`, without the options of the CPU that this runs on.
+    step = jax.jit(update, donate_argnums=0)
     return step.lower(_placed(state, mesh, SAME), _placed(batch, mesh, SPLIT))
 
 

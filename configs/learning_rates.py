@@ -4,8 +4,8 @@
         --workdir=runs/rates --data_dir=DIR
 
 A comparison at one rate for all favours those whose rate it is. With
-``--config.warmup_epochs=1`` the rate rises to it over the first epoch; ``--at_once=12``
-trains the rates and seeds of a normaliser at once, on a GPU.
+``--config.warmup_epochs=1`` the rate rises to it over the first epoch; ``--at_once=1``
+compiles once for all rates and seeds of a normaliser.
 """
 
 import json

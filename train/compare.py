@@ -110,7 +110,7 @@ def main() -> None:
     if _AT_ONCE.value:
         runs = run_together(jobs, cli.DATA_DIR.value, _AT_ONCE.value)
     else:
-        runs = [run(*job, cli.DATA_DIR.value) for job in jobs]
+        runs = [run(job, cli.DATA_DIR.value) for job in jobs]
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(

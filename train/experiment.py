@@ -24,7 +24,7 @@ from train.feed import Feed
 from train.mesh import DEVICES, make_mesh, take
 from train.score import make_confusion, make_evaluate
 from train.sets import Dataset, load_dataset
-from train.step import Metrics, TrainState, create_state, make_train_step
+from train.step import Metrics, TrainState, create_state, jit_update, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,9 @@ def build(
         standardize=standardize,
         state=create_state(network, optimizer, config.seed, train.image_shape, mesh),
         batch=make_batch(config, mesh, train),
-        train_step=make_train_step(network, optimizer, standardize, config, mesh),
+        train_step=jit_update(
+            make_update(network, optimizer, standardize, config, mesh)
+        ),
         evaluate=make_evaluate(network, standardize, config, mesh),
         confusion=make_confusion(network, standardize, config, mesh),
         schedule=schedule,

@@ -62,14 +62,14 @@ def train(
     check_steps(config.profile_steps)  # first: a bad config claims no workdir
     experiment = build(config, data_dir)
     with contextlib.ExitStack() as stack:
-        run = Run(config, workdir, stack)
+        run = OpenRun(config, workdir, stack)
         state = run.restore(experiment.state)
         loop = Loop(experiment, [run], lambda tree, number: tree)
         state = loop.train(state, int(state.step))
         return run.finish(experiment, state, loop.seconds)
 
 
-class Run:
+class OpenRun:
     """A run at work: its directory, and what came of it.
 
     Attributes:
@@ -159,7 +159,7 @@ class Loop:
     def __init__(
         self,
         experiment: Experiment,
-        runs: Sequence[Run],
+        runs: Sequence[OpenRun],
         pick: Callable[[Any, int], Any],
     ):
         """Makes ready to train.
@@ -180,7 +180,7 @@ class Loop:
         return time.monotonic() - self._started
 
     @property
-    def _alive(self) -> list[tuple[int, Run]]:
+    def _alive(self) -> list[tuple[int, OpenRun]]:
         return [(i, run) for i, run in enumerate(self.runs) if run.error is None]
 
     def train(self, state: Any, start: int) -> Any:
@@ -290,8 +290,8 @@ class Loop:
             accuracy=f"{np.nanmean(means['accuracy']):.1%}",
             memory=f"{memory / 2**30:.1f}GiB",
         )
+        rate = self.experiment.schedule(done - 1)
         for i, run in self._alive:
-            rate = self.experiment.schedule(done - 1)
             run.log.write(
                 done,
                 self.seconds,

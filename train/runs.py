@@ -48,16 +48,13 @@ class Job(NamedTuple):
     run_dir: pathlib.Path
 
 
-def run(
-    config: ConfigDict, variant: str, run_dir: pathlib.Path, data_dir: str | None
-) -> report.Run:
-    """Trains, or goes on, or reads what a finished run left in `run_dir`; one that
+def run(job: Job, data_dir: str | None) -> report.Run:
+    """Trains, or goes on, or reads what a finished run left in its directory; one that
     diverges is a result as well."""
     try:
-        summary = train(config, run_dir, data_dir)
+        return _report(job, train(job.config, job.run_dir, data_dir))
     except NonFiniteError as error:
-        summary = _diverged(config, run_dir, error)
-    return report.Run({"variant": variant} | summary, wd.read_metrics(run_dir))
+        return _report_diverged(job, error)
 
 
 def run_together(
@@ -70,13 +67,9 @@ def run_together(
         configs, run_dirs = [j.config for j in alike], [j.run_dir for j in alike]
         errors |= train_together(configs, run_dirs, data_dir, at_once)
     return [
-        report.Run(
-            {"variant": job.variant}
-            | _diverged(job.config, job.run_dir, errors[job.run_dir]),
-            wd.read_metrics(job.run_dir),
-        )
+        _report_diverged(job, errors[job.run_dir])
         if job.run_dir in errors
-        else run(*job, data_dir)
+        else run(job, data_dir)  # which is finished, and is read
         for job in jobs
     ]
 
@@ -88,9 +81,11 @@ def _alike(jobs: Sequence[Job]) -> Iterable[list[Job]]:
     return groups.values()
 
 
-def _diverged(
-    config: ConfigDict, run_dir: pathlib.Path, error: NonFiniteError
-) -> dict[str, Any]:
-    print(f"{run_dir.name} diverged: {error}")
+def _report_diverged(job: Job, error: NonFiniteError) -> report.Run:
+    print(f"{job.run_dir.name} diverged: {error}")
     keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
-    return {key: config[key] for key in keys} | {"diverged": True}
+    return _report(job, {key: job.config[key] for key in keys} | {"diverged": True})
+
+
+def _report(job: Job, summary: dict[str, Any]) -> report.Run:
+    return report.Run({"variant": job.variant} | summary, wd.read_metrics(job.run_dir))

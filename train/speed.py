@@ -15,7 +15,7 @@ from train.data import Split
 from train.experiment import make_network, make_optimizer
 from train.mesh import make_mesh, take
 from train.sets import Dataset
-from train.step import TrainState, create_state, make_train_step
+from train.step import TrainState, create_state, jit_update, make_update
 
 
 def prepare(
@@ -30,8 +30,9 @@ def prepare(
     optimizer = make_optimizer(config, lambda step: config.learning_rate)
     mesh = make_mesh(config.batch_size // config.micro_batch_size)
     state = create_state(network, optimizer, 0, images.shape[1:], mesh)
-    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
-    return network, step, state, take(mesh, split, np.arange(config.batch_size))
+    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    batch = take(mesh, split, np.arange(config.batch_size))
+    return network, jit_update(update), state, batch
 
 
 class Stepper:

@@ -265,13 +265,6 @@ def make_update(
     return update
 
 
-def make_train_step(
-    *args: Any, **kwargs: Any
-) -> Callable[[TrainState, Split], tuple[TrainState, Metrics]]:
-    """Returns `make_update` of the same arguments, jitted; it takes over the state."""
-    return jit_update(make_update(*args, **kwargs))
-
-
 def jit_update(update: Callable) -> Callable:
     """Jits ``update(state, ...)``, which takes over the state."""
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())

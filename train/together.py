@@ -27,7 +27,7 @@ from train.experiment import (
     make_optimizer,
     make_schedule,
 )
-from train.loop import Loop, NonFiniteError, Run
+from train.loop import Loop, NonFiniteError, OpenRun
 from train.mesh import same
 from train.profile import check_steps
 from train.step import init_state, jit_update, make_update
@@ -84,7 +84,7 @@ def train_together(
     for start in range(0, len(missing), at_once):
         with contextlib.ExitStack() as stack:
             part = missing[start : start + at_once]
-            runs = [Run(config, workdir, stack) for config, workdir in part]
+            runs = [OpenRun(config, workdir, stack) for config, workdir in part]
             for alike in _by_step(runs, program.restore(runs)):
                 program.train(*alike)
             errors |= {run.workdir: run.error for run in runs if run.error}
@@ -99,8 +99,8 @@ def in_common(config: ConfigDict) -> str:
 
 
 def _by_step(
-    runs: Sequence[Run], states: Sequence[Any]
-) -> Iterator[tuple[list[Run], list[Any]]]:
+    runs: Sequence[OpenRun], states: Sequence[Any]
+) -> Iterator[tuple[list[OpenRun], list[Any]]]:
     """Sorts the runs by the step they go on from: one if nothing was killed between
     two checkpoints."""
     steps = [int(state.step) for state in states]
@@ -136,12 +136,12 @@ class _Program:
         self._update = jit_update(jax.vmap(update))
         self._stack = jax.jit(_stack)
 
-    def restore(self, runs: Sequence[Run]) -> list[Any]:
+    def restore(self, runs: Sequence[OpenRun]) -> list[Any]:
         """Returns the state of each, from its checkpoint or from the start."""
         states = self._init(*_free(runs))
         return [run.restore(_pick(states, i)) for i, run in enumerate(runs)]
 
-    def train(self, runs: Sequence[Run], states: Sequence[Any]) -> None:
+    def train(self, runs: Sequence[OpenRun], states: Sequence[Any]) -> None:
         """Trains to the end, and writes the summaries."""
         experiment, config = self._experiment, self._config
         seeds, rates = _free(runs)
@@ -160,7 +160,7 @@ class _Program:
             if run.error is None:
                 run.finish(experiment, _pick(end, i), loop.seconds / len(runs))
 
-    def _batches(self, runs: Sequence[Run]) -> Callable[[int], Split]:
+    def _batches(self, runs: Sequence[OpenRun]) -> Callable[[int], Split]:
         """From the step to the batches of all runs, with a leading axis of runs; those
         of one seed have the same."""
         experiment = self._experiment
@@ -176,7 +176,7 @@ class _Program:
         return batches
 
 
-def _free(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+def _free(runs: Sequence[OpenRun]) -> tuple[np.ndarray, np.ndarray]:
     seeds = np.array([run.config.seed for run in runs], np.int32)
     return seeds, np.array([run.config.learning_rate for run in runs], np.float32)
 

@@ -16,7 +16,7 @@ from kalman_flax.layers.linear import Conv, centre_kernel
 from tests.train.common import tiny_config
 from train.data import Split
 from train.mesh import make_mesh, take
-from train.step import create_state, make_train_step
+from train.step import create_state, jit_update, make_update
 
 EPSILON = 1e-5
 SHORT = {"window": 3, "warmup_steps": 5, "renorm_warmup_steps": 7, "momentum": 0.6}
@@ -64,7 +64,8 @@ def assert_train_step_moves_gradient_stats(norm, conv=Conv):
     assert len(norms) == 7  # all that the network has
     before = jax.tree.map(np.array, state.gradient_stats)
     chex.assert_trees_all_equal(before, jax.tree.map(np.zeros_like, before))
-    step = make_train_step(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    step = jit_update(update)
     for _ in range(2):
         state, metrics = step(state, split)
         after = jax.tree.map(np.array, state.gradient_stats)

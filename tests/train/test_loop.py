@@ -24,8 +24,8 @@ def last_state(workdir, config):
 def interrupt_at(monkeypatch, at):
     """Ctrl-C before update `at`."""
 
-    def make(*args):
-        train_step = step.make_train_step(*args)
+    def jit(update):
+        train_step = step.jit_update(update)
 
         def interrupted(state, *rest):
             if int(state.step) == at:
@@ -34,7 +34,7 @@ def interrupt_at(monkeypatch, at):
 
         return interrupted
 
-    monkeypatch.setattr("train.experiment.make_train_step", make)
+    monkeypatch.setattr("train.experiment.jit_update", jit)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from train.reproductions import picture, result
 from train.reproductions.measure import Measure
 from train.reproductions.paper import Grid
 from train.reproductions.scale import reduced, scaled
-from train.runs import Entry, configure, run
+from train.runs import Entry, Job, configure, run
 from train.sets import check_prepared
 
 Cell = TypeVar("Cell")
@@ -112,7 +112,7 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
         for name, (runs, dirs) in found.items():
             config = configure(by_name[name], Entry(name, {}), seed)
             dirs.append(request.workdir / f"{name}-seed{config.seed}")
-            runs.append(run(config, name, dirs[-1], request.data_dir))
+            runs.append(run(Job(config, name, dirs[-1]), request.data_dir))
     return {
         cell: Series(wanted[cell], config, *found[name_of(config)])
         for cell, config in configs.items()
