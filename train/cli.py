@@ -47,6 +47,18 @@ def run(main: Callable[..., None], positional: int = 0) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def define_at_once() -> flags.FlagHolder[int | None]:
+    """Defines ``--at_once``, for commands that make many runs."""
+    return flags.DEFINE_integer(
+        "at_once",
+        None,
+        "Compile once for all runs that differ in seed and learning rate alone, and"
+        " train up to so many of them by one program. Default: each by a program of its"
+        " own.",
+        lower_bound=1,
+    )
+
+
 def micro_batch_size(text: str) -> int:
     """Reads a micro-batch size that a user gave.
 
@@ -61,10 +73,16 @@ def micro_batch_size(text: str) -> int:
 def _parse(arguments: list[str]) -> list[str]:
     """Parses flags; what ml_collections raises for a bad --config is input as well."""
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        # A config that refuses what it is given comes with its whole traceback.
+        flag, refusal, why = str(error).rpartition("\nValueError: ")
+        if refusal:
+            error = f"{flag.splitlines()[0]} {why.strip()}"
+        sys.exit(f"error: {error}\nPass --help for the flags.")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # For an unknown key the message lies in a KeyError, whose own text is a repr.
         message = error.args[0] if error.args else error
         if isinstance(message, KeyError):
-            message = message.args[0]
+            message = f"no key {message.args[0]}"
         sys.exit(f"error: bad --config: {message}")

@@ -22,8 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from kalman_flax import NORMALIZERS
 from train import cli, figure, report
 from train import workdir as wd
-from train.experiment import check
-from train.runs import Entry, Job, configure, run, run_together
+from train.runs import Entry, Job, configure, run_all
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _NORMS = flags.DEFINE_list(
@@ -45,13 +44,7 @@ _MICRO_BATCH_SIZES = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
 )
-_AT_ONCE = flags.DEFINE_integer(
-    "at_once",
-    None,
-    "Compile once for all runs that differ in seed and learning rate alone, and train"
-    " up to so many of them by one program. Default: each by a program of its own.",
-    lower_bound=1,
-)
+_AT_ONCE = cli.define_at_once()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
 
 
@@ -99,18 +92,13 @@ def main() -> None:
         entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
     sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]
     entries = at_sizes(entries, sizes)
-    for entry in entries:  # not after hours of runs
-        check(configure(config, entry, seed=0))
     jobs = []
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
             run_config = configure(config, entry, seed)
             run_dir = workdir / _run_dir(run_config, entry.variant)
             jobs.append(Job(run_config, entry.variant, run_dir))
-    if _AT_ONCE.value:
-        runs = run_together(jobs, cli.DATA_DIR.value, _AT_ONCE.value)
-    else:
-        runs = [run(job, cli.DATA_DIR.value) for job in jobs]
+    runs = run_all(jobs, cli.DATA_DIR.value, _AT_ONCE.value)
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(

@@ -47,6 +47,7 @@ _NORMS = flags.DEFINE_list(
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
     "micro_batch_sizes", None, "Train only with micro-batches of these; likewise."
 )
+_AT_ONCE = cli.define_at_once()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
@@ -73,6 +74,7 @@ def main(name: str | None = None) -> None:
         _NORMS.value,
         _MICRO_BATCH_SIZES.value
         and [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value],
+        _AT_ONCE.value,
     )
     if name == ALL:
         reproduce_all(request, REPRODUCTIONS)

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from train import report
 from train import workdir as wd
+from train.experiment import check
 from train.loop import NonFiniteError, train
+from train.sets import check_prepared
 from train.together import in_common, train_together
 
 
@@ -48,20 +50,28 @@ class Job(NamedTuple):
     run_dir: pathlib.Path
 
 
-def run(job: Job, data_dir: str | None) -> report.Run:
-    """Trains, or goes on, or reads what a finished run left in its directory; one that
-    diverges is a result as well."""
-    try:
-        return _report(job, train(job.config, job.run_dir, data_dir))
-    except NonFiniteError as error:
-        return _report_diverged(job, error)
-
-
-def run_together(
-    jobs: Sequence[Job], data_dir: str | None, at_once: int
+def run_all(
+    jobs: Sequence[Job], data_dir: str | None, at_once: int | None = None
 ) -> list[report.Run]:
-    """The same of all jobs, up to `at_once` of those side by side that differ in seed
-    and learning rate alone."""
+    """Trains, or goes on, or reads what finished runs left in their directories; one
+    that diverges is a result as well.
+
+    Args:
+        jobs: the runs, in the order to make them in.
+        data_dir: see `train.sets.load_dataset`.
+        at_once: up to how many that differ in seed and learning rate alone are trained
+            side by side, by one program; None: each by a program of its own.
+
+    Raises:
+        ValueError, FileNotFoundError: a bad config, a directory of another run, a data
+            set that is not there: of all jobs, before any is run.
+    """
+    for job in jobs:
+        check(job.config)
+        check_prepared(job.config.dataset, data_dir)
+        wd.check_same(job.run_dir, job.config)
+    if at_once is None:
+        return [_run(job, data_dir) for job in jobs]
     errors: dict[pathlib.Path, NonFiniteError] = {}
     for alike in _alike(jobs):
         configs, run_dirs = [j.config for j in alike], [j.run_dir for j in alike]
@@ -69,9 +79,16 @@ def run_together(
     return [
         _report_diverged(job, errors[job.run_dir])
         if job.run_dir in errors
-        else run(job, data_dir)  # which is finished, and is read
+        else _run(job, data_dir)  # which is finished, and is read
         for job in jobs
     ]
+
+
+def _run(job: Job, data_dir: str | None) -> report.Run:
+    try:
+        return _report(job, train(job.config, job.run_dir, data_dir))
+    except NonFiniteError as error:
+        return _report_diverged(job, error)
 
 
 def _alike(jobs: Sequence[Job]) -> Iterable[list[Job]]:

@@ -72,10 +72,20 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     Raises:
         ValueError: it belongs to a run of another config; the difference is shown.
     """
-    path = workdir / CONFIG
-    # Through JSON and back, since there a tuple is a list.
-    ours = json.loads(config.to_json())
-    theirs = json.loads(read_config(workdir).to_json()) if path.exists() else ours
+    check_same(workdir, config)
+    if processes.primary():
+        write_json(workdir / CONFIG, _as_json(config))
+
+
+def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Refuses a `workdir` that holds a run of another config.
+
+    Raises:
+        ValueError: it does; the difference is shown.
+    """
+    if not (workdir / CONFIG).exists():
+        return
+    ours, theirs = _as_json(config), _as_json(read_config(workdir))
     if ours != theirs:
         differences = [
             f"  {key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r}"
@@ -88,8 +98,10 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
             + "\n".join(differences)
             + "\nChoose another --workdir, or delete this one."
         )
-    if processes.primary():
-        write_json(path, ours)
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())  # where a tuple is a list
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:

@@ -127,6 +127,12 @@ def test_what_a_gpu_needs_of_the_host(tmp_path):
     ("module", "arguments", "message"),
     [
         ("train", [*TINY, "--config.wdith=4", "--workdir=w"], 'Did you mean "width"'),
+        ("train", [*TINY, "--config.foo=4", "--workdir=w"], "no key 'foo'"),
+        (
+            "train",
+            ["--config=configs/micro_batch_sizes.py:long", "--workdir=w"],
+            "protocol is 'long'; expected one of ['tiny', 'short'].\nPass --help",
+        ),
         ("train", [*TINY, "--worldir=w"], "Unknown command line flag 'worldir'"),
         ("train", TINY, "workdir must have a value"),
         ("train", ["--config=configs/none.py", "--workdir=w"], "configs/none.py"),

@@ -9,7 +9,7 @@ from tests.train.common import tiny_config
 from tests.train.test_loop import last_state
 from train import loop, together
 from train import workdir as wd
-from train.runs import Job, run_together
+from train.runs import Job, run_all
 
 FREE = ((0, 0.1), (1, 0.1), (1, 0.05))  # seed, learning rate
 NAMES = ("a", "b", "c")
@@ -85,7 +85,7 @@ def test_resume_equals_no_interruption(trained, tmp_path, monkeypatch):
 def test_one_that_diverges_leaves_the_others(tmp_path):
     configs = [tiny_config(learning_rate=rate) for rate in (1e38, 0.1)]
     jobs = [Job(c, n, tmp_path / n) for c, n in zip(configs, NAMES)]
-    lost, kept = run_together(jobs, None, at_once=2)
+    lost, kept = run_all(jobs, None, at_once=2)
     assert lost.diverged and not kept.diverged
     assert lost.row()["learning_rate"] == 1e38
     assert kept.row()["test_moving_accuracy"] > 0
@@ -116,9 +116,19 @@ def test_what_is_alike_trains_together(tmp_path, monkeypatch):
         for seed in (0, 1)
         for norm in ("batch", "group")
     ]
-    runs = run_together(jobs, None, at_once=2)
+    runs = run_all(jobs, None, at_once=2)
     assert seen == [[("batch", 0), ("batch", 1)], [("group", 0), ("group", 1)]]
     assert [r.summary["variant"] for r in runs] == ["batch", "group"] * 2
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_another_run_is_seen_before_any_is_made(tmp_path, at_once):
+    (tmp_path / "b").mkdir()
+    wd.claim(tmp_path / "b", tiny_config(seed=5))
+    jobs = [Job(tiny_config(seed=seed), n, tmp_path / n) for seed, n in enumerate("ab")]
+    with pytest.raises(ValueError, match="b holds a run of another config:\n  seed: 5"):
+        run_all(jobs, None, at_once)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

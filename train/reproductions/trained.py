@@ -9,13 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 from ml_collections import ConfigDict
 
 from train import report
-from train.experiment import check
 from train.reproductions import picture, result
 from train.reproductions.measure import Measure
 from train.reproductions.paper import Grid
 from train.reproductions.scale import reduced, scaled
-from train.runs import Entry, Job, configure, run
-from train.sets import check_prepared
+from train.runs import Entry, Job, configure, run_all
 
 Cell = TypeVar("Cell")
 
@@ -35,6 +33,7 @@ class Request(NamedTuple):
         networks: those to train, as at full size; None: all.
         norms: those to train with; None: all.
         micro_batch_sizes: likewise.
+        at_once: see `train.runs.run_all`.
     """
 
     scale: str = "full"
@@ -45,6 +44,7 @@ class Request(NamedTuple):
     networks: list[str] | None = None
     norms: list[str] | None = None
     micro_batch_sizes: list[int] | None = None
+    at_once: int | None = None
 
     def wants(self, full: ConfigDict) -> bool:
         """Whether a run of the paper is asked for."""
@@ -104,15 +104,17 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
         if request.wants(full)
     }
     by_name = {name_of(config): config for config in configs.values()}
-    for config in by_name.values():
-        check(config)
-        check_prepared(config.dataset, request.data_dir)
-    found = {name: ([], []) for name in by_name}
+    jobs = []
     for seed in range(request.seeds):  # outermost: half a table is a table too
-        for name, (runs, dirs) in found.items():
-            config = configure(by_name[name], Entry(name, {}), seed)
-            dirs.append(request.workdir / f"{name}-seed{config.seed}")
-            runs.append(run(Job(config, name, dirs[-1]), request.data_dir))
+        for name, config in by_name.items():
+            config = configure(config, Entry(name, {}), seed)
+            run_dir = request.workdir / f"{name}-seed{config.seed}"
+            jobs.append(Job(config, name, run_dir))
+    found = {name: ([], []) for name in by_name}
+    for job, run in zip(jobs, run_all(jobs, request.data_dir, request.at_once)):
+        runs, dirs = found[job.variant]
+        runs.append(run)
+        dirs.append(job.run_dir)
     return {
         cell: Series(wanted[cell], config, *found[name_of(config)])
         for cell, config in configs.items()
