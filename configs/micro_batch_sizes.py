@@ -29,6 +29,7 @@ SHARED = (
     "cross_iteration",
     "online",
     "evonorm_b0",
+    "kalman_paper",
     "kalman_released",
     "kalman",
     "kalman_ws",
