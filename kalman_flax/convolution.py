@@ -13,6 +13,7 @@ from jax import lax
 from kalman_flax.state import KalmanState, check_choice, for_channels
 
 Padding = str | Sequence[tuple[int, int]]
+PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 def convolve(
@@ -80,7 +81,7 @@ def predict_conv(
     groups = feature_group_count
     mean, var = for_channels(state, channels * groups)
     if isinstance(padding, str):
-        check_choice("padding", padding, ("SAME", "SAME_LOWER", "VALID"))
+        check_choice("padding", padding, PADDINGS)
         taps = zip((height, width), kernel_dilation)
         spans = [(size - 1) * dilation + 1 for size, dilation in taps]
         padding = lax.padtype_to_pads(input_size, spans, strides, padding)

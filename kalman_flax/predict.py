@@ -8,6 +8,7 @@ its own, `convolution.py`. Max-pooling has no good closed form: `observe` its ou
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,8 +93,8 @@ def _gaussian(
     a = mean / std
     # `ndtr` would be more accurate in the tails, with many more operations to compile;
     # what is lost here is of the order of 1e-6 of the input's variance.
-    above = 0.5 * (1.0 + lax.erf(a * np.sqrt(0.5)))
-    return std, a, above, jnp.exp(-0.5 * jnp.square(a)) / np.sqrt(2 * np.pi)
+    above = 0.5 * (1.0 + lax.erf(a * math.sqrt(0.5)))
+    return std, a, above, jnp.exp(-0.5 * jnp.square(a)) / math.sqrt(2 * math.pi)
 
 
 def predict_pointwise(
@@ -172,7 +173,12 @@ def predict_group(state: KalmanState, num_groups: int) -> KalmanState:
 
 
 def predict_concatenate(states: Sequence[KalmanState]) -> KalmanState:
-    """State of branches joined along the channel axis: joins theirs, ``[..., C_i]``."""
-    return KalmanState(
-        *(jnp.concatenate(stats, axis=-1) for stats in zip(*states, strict=True))
-    )
+    """State of branches joined along the channel axis: joins theirs, ``[..., C_i]``,
+    of which one for all examples serves each."""
+    leading = jnp.broadcast_shapes(*(state.mean.shape[:-1] for state in states))
+
+    def join(stats: Sequence[jax.Array]) -> jax.Array:
+        stats = [jnp.broadcast_to(s, (*leading, s.shape[-1])) for s in stats]
+        return jnp.concatenate(stats, axis=-1)
+
+    return KalmanState(*map(join, zip(*states, strict=True)))

@@ -112,7 +112,8 @@ def normalization(
         name: a key of `known`; ``"_ws"`` or ``"_wc"`` at its end standardises or
             centres the kernels, see `KERNEL_MAPS`.
         momentum: of the running statistics; unused by those that keep none.
-        axis_name: mapped axes to share statistics over; unused by those that cannot.
+        axis_name: mapped axes to share statistics over; unused by those that keep no
+            running statistics: those of one image are shared with no other.
         known: the normalisers by name.
         **options: attributes of the normaliser.
 
@@ -141,8 +142,9 @@ def normalization(
         )
     for option, value in options.items():
         _check_number(cls.__name__, fields[option], value)
-    shared = {"momentum": momentum, "axis_name": axis_name}
-    options |= {name: shared[name] for name in fields.keys() & shared.keys()}
+    if "momentum" in fields:  # `nn.GroupNorm`, too, would take an axis
+        shared = {"momentum": momentum, "axis_name": axis_name}
+        options |= {name: shared[name] for name in fields.keys() & shared.keys()}
     return entry._replace(norm=functools.partial(entry.norm, **options))
 
 

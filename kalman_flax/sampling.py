@@ -6,7 +6,7 @@ and the variance of A y." Unbiased for the mean up to sampling noise, and costin
 one more example per micro-batch, where the closed forms cost next to nothing. Gradients
 flow through the samples (reparametrised) and through the kernel.
 
-The state is ``[C]`` here; `jax.vmap` over leading axes.
+The state is ``[C]`` here, and anything else a ValueError; `jax.vmap` over leading axes.
 """
 
 from __future__ import annotations
@@ -70,4 +70,10 @@ def sample_dense(
 def _draw(key: jax.Array, state: KalmanState, shape: tuple[int, ...]) -> jax.Array:
     """Draws y ~ N(mu, Sigma) of `shape`, channels last."""
     mean, var = for_channels(state, shape[-1])
-    return mean + standard_deviation(var) * jax.random.normal(key, shape)
+    if mean.ndim > 1:
+        raise ValueError(
+            f"the Monte Carlo transition got a state of shape {mean.shape}; expected"
+            " one state [C]. jax.vmap over several, or move them in closed form."
+        )
+    noise = jax.random.normal(key, shape, jnp.float32)
+    return mean + standard_deviation(var) * noise

@@ -89,6 +89,8 @@ def normalize(
         stat = stat.reshape(*stat.shape[:-1], *spatial, stat.shape[-1])
         return jnp.moveaxis(stat, -1, axis)
 
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # of which nothing has a derivative
+        x = x.astype(jnp.float32)
     mean, var = (jnp.asarray(stat, jnp.float32) for stat in state)
     slope = lax.rsqrt(var + epsilon) * scale
     return _affine(x, expand(mean), expand(slope), expand(bias))

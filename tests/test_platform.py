@@ -44,6 +44,19 @@ def test_the_guess_changes_neither_moments_nor_gradients(elsewhere):
     chex.assert_trees_all_equal(none, kf.KalmanState(jnp.zeros(3), jnp.zeros(3)))
 
 
+@pytest.mark.parametrize(
+    "options", [{"gain": 1.0}, {"gain": 0.1, "rule": "paper", "outlier_ratio": 100.0}]
+)
+def test_an_observation_that_stands_alone_takes_no_guess(elsewhere, options):
+    """Far from the guess it would lose its variance."""
+    x = 1e4 + jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    norm = kf.KalmanNorm(use_running_average=False, momentum=0.0, **options)
+    x = kf.Signal(x, kf.KalmanState(0.0, 1e4))
+    variables = norm.init(jax.random.key(0), x)
+    _, written = norm.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_close(written["batch_stats"]["var"], jnp.ones(3), rtol=0.2)
+
+
 def test_a_constant_has_no_variance(elsewhere):
     x = jnp.full((64, 7), 0.1)
     near = kf.observe(x, guess=jnp.full(7, 0.3)).var

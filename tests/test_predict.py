@@ -100,6 +100,30 @@ def test_sum_and_concatenation_against_numpy():
     )
 
 
+def test_one_state_of_all_examples_joins_those_of_each():
+    one, each = draw(), jax.tree.map(lambda s: jnp.stack([s, 2 * s]), draw(seed=2))
+    joined = kf.predict_concatenate([one, each])
+    for n in range(2):
+        of_example = jax.tree.map(lambda s, n=n: s[n], each)
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda s, n=n: s[n], joined),
+            kf.predict_concatenate([one, of_example]),
+        )
+
+
+def test_states_stay_float32_where_64_bits_are_enabled():
+    with jax.enable_x64(True):
+        kernel = jnp.ones((3, 3, 5, 5), jnp.float32)
+        state = kf.KalmanState(*(jnp.float32(s) for s in draw()))
+        for predicted in (
+            kf.predict_relu(state),
+            kf.predict_pointwise(state, jnp.tanh),
+            kf.predict_conv(state, kernel, (4, 4)),
+            kf.sample_conv(jax.random.key(0), state, kernel, (4, 4)),
+        ):
+            assert {s.dtype for s in predicted} == {jnp.dtype(jnp.float32)}
+
+
 def test_sum_and_concatenation_against_sampling():
     a, b = draw(), draw(seed=2)
     rng = np.random.default_rng(3)

@@ -55,10 +55,12 @@ def made(entry):
 @pytest.mark.parametrize("suffix", ["", *kf.KERNEL_MAPS])
 @pytest.mark.parametrize("name", CLASSES)
 def test_names(name, suffix):
-    entry = kf.normalization(name + suffix, momentum=0.7)
+    entry = kf.normalization(name + suffix, momentum=0.7, axis_name="d")
     norm = made(entry)
     assert type(norm) is CLASSES[name]
     has_momentum = name not in NO_MOMENTUM
+    if not has_momentum:  # statistics of one image are shared with no other
+        assert getattr(norm, "axis_name", None) is None
     assert getattr(norm, "momentum", None) == (0.7 if has_momentum else None)
     if name == "weight" and suffix:
         with pytest.raises(ValueError, match=f"out .*{suffix}"):

@@ -104,6 +104,18 @@ def test_gradients_flow_to_state_and_kernel(taps):
 
 
 @pytest.mark.parametrize("taps", [(), (3, 3)])
+def test_one_state_at_a_time(taps):
+    """As many examples as columns would be taken for them."""
+    *_, kernel, _ = draw(taps=taps)
+    state = kf.KalmanState(jnp.zeros((5, 4)), jnp.ones((5, 4)))
+    with pytest.raises(ValueError, match=r"shape \(5, 4\); expected one state \[C\]"):
+        if taps:
+            kf.sample_conv(jax.random.key(0), state, kernel, (5, 5))
+        else:
+            kf.sample_dense(jax.random.key(0), state, kernel, num_samples=5)
+
+
+@pytest.mark.parametrize("taps", [(), (3, 3)])
 def test_another_number_of_channels(taps):
     *_, kernel, _ = draw(taps=taps)
     state = kf.KalmanState(jnp.zeros(3), jnp.ones(3))

@@ -151,6 +151,17 @@ def test_floats_as_state_scale_and_bias():
     chex.assert_trees_all_close(y, 3 * (x - 0.5) / 2 - 1, rtol=1e-5, atol=1e-6)
 
 
+def test_integers_are_normalised_and_have_no_gradient():
+    """As in `nn.BatchNorm`: scale and bias have one."""
+    x = jnp.array([[1, 2], [3, 6]], jnp.uint8)
+
+    def loss(scale, x):
+        return jnp.sum(kf.normalize(x, kf.observe(x), scale) ** 2)
+
+    actual, expected = (jax.grad(loss)(jnp.ones(2), v) for v in (x, jnp.float32(x)))
+    chex.assert_trees_all_close(actual, expected)
+
+
 def test_normalize_without_variance_has_finite_gradients():
     def loss(x, epsilon=1e-5):
         return jnp.sum(jnp.sin(kf.normalize(x, kf.observe(x), epsilon=epsilon)))

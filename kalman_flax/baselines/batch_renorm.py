@@ -32,9 +32,9 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
     statistics serve both. By Jensen's inequality sigma is a little larger than the
     paper's, the more so the more sigma_B varies.
 
-    It hands on the exact moments of its output over the micro-batch, mean scale d +
-    bias and variance (scale r)^2 var_B / (var_B + epsilon), and in inference those of
-    batch norm.
+    It hands on the moments of its output over the micro-batch, mean scale d + bias and
+    variance (scale r)^2, for var_B / (var_B + epsilon) taken as 1, and in inference
+    those of batch norm.
 
     Besides the attributes of `nn.BatchNorm`:
 

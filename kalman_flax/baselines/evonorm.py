@@ -101,8 +101,8 @@ class EvoNormS0(_EvoNorm):
     does the same in training and inference. Use it in the place of group norm and ReLU,
     at any batch size.
 
-    Channels come last. It hands on no state. Attributes are those of `nn.GroupNorm`.
-    Besides:
+    Channels come last. It hands on no state. Attributes mean what they do in
+    `nn.GroupNorm`. Besides:
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,

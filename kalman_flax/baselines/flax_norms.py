@@ -8,7 +8,8 @@ from jax import lax
 
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 from kalman_flax.predict import predict_affine
-from kalman_flax.state import KalmanState, for_channels
+from kalman_flax.state import for_channels
+from kalman_flax.update import normalized_state
 
 
 class Unfiltered:
@@ -56,7 +57,7 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         bias = self.get_variable("params", "bias", 0.0)
         scale = self.get_variable("params", "scale", 1.0)
         channels = value.shape[self.axis]
-        return Signal(value, for_channels(KalmanState(bias, scale**2), channels))
+        return Signal(value, for_channels(normalized_state(scale, bias), channels))
 
 
 class GroupNorm(Unfiltered, nn.GroupNorm):
@@ -71,15 +72,20 @@ class GroupNorm(Unfiltered, nn.GroupNorm):
     channel's moments over the micro-batch are after it is not known, so the state ends.
 
     Attributes:
-        use_running_average: accepted, so that networks can build any normaliser alike,
-            and unused: statistics are those of each example, also in inference.
+        use_running_average: accepted, here and in the call, so that networks can use
+            any normaliser alike, and unused: statistics are those of each example, also
+            in inference.
     """
 
     use_fast_variance: bool = False
     use_running_average: bool | None = None
 
     def __call__(
-        self, x: Signal | jax.Array, *, mask: jax.Array | None = None
+        self,
+        x: Signal | jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.GroupNorm.__call__`; a Signal gives a Signal."""
         value = super().__call__(as_signal(x).value, mask=mask)

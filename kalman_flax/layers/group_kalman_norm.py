@@ -35,8 +35,10 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
     carry the moments of the group for every channel in it: ``hand_on="raw"``.
 
     On a plain array, a Signal of unknown state, or with gain 1 it is `nn.GroupNorm`,
-    and hands on the moments of its output as they are. Attributes are those of
-    `nn.GroupNorm`, and so are the parameters ``scale`` and ``bias``. Besides:
+    and hands on the moments of its output as they are. (A max-pool before the first of
+    these layers observes the whole micro-batch: start with a norm.) Attributes mean
+    what they do in `nn.GroupNorm`, and so do the parameters ``scale`` and ``bias``.
+    Besides:
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,

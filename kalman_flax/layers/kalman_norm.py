@@ -82,7 +82,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     hands on the state of what it put out. On a plain array, a Signal of unknown state,
     or with gain 1 it is `nn.BatchNorm`, and it always is in inference.
 
-    Attributes are those of `nn.BatchNorm`, and so are the variables: parameters
+    Attributes are those of `nn.BatchNorm` up to `axis_name`, and so are the variables:
+    parameters
     ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered moments) in
     ``batch_stats``, all ``[C]``. Where the collection ``intermediates`` is mutable, the
     states ``observed``, ``predicted`` and ``filtered`` are left there. Besides:
@@ -151,7 +152,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             use_running_average: True normalises by the moving statistics (inference,
                 the paper's option A); False by the filtered statistics of this
                 micro-batch (training, and option B), which moves the averages.
-            mask: broadcastable to `x`; values where it is false do not count.
+            mask: broadcastable to `x`; values where it is false do not count, and some
+                have to: a channel masked out entirely is observed as 0.
 
         Returns:
             What came in, normalised: a Signal for a Signal, an array for an array.
@@ -188,7 +190,10 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             predicted = predicted._replace(mean=predicted.mean + offset)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
         x = x.replace(value=hold(x.value))
-        guess = None if predicted is None else predicted.mean
+        # Far from the guess the variance is lost: none where the observation may stand
+        # by itself.
+        alone = self.gain == 1.0 or self.outlier_ratio is not None
+        guess = None if predicted is None or alone else predicted.mean
         state = self._observe(x.value, axis=self.axis, mask=mask, guess=guess)
         self._report("observed", state)
         if predicted is not None:

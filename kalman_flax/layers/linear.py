@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.linear import canonicalize_padding
 
-from kalman_flax.convolution import convolve, predict_conv
+from kalman_flax.convolution import PADDINGS, Padding, convolve, predict_conv
 from kalman_flax.layers.signal import Signal, through
 from kalman_flax.predict import predict_dense
 from kalman_flax.sampling import sample_conv, sample_dense
@@ -29,8 +29,9 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     channels of ``[..., h, w, C, D]``.
     """
     # Kernels of a single value, and those of zeros, have no spread.
-    std = standard_deviation(jnp.var(kernel, _FAN_IN, keepdims=True))
-    return centre_kernel(kernel) / (std + epsilon)
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    std = standard_deviation(jnp.var(wide, _FAN_IN, keepdims=True))
+    return (centre_kernel(wide) / (std + epsilon)).astype(kernel.dtype)
 
 
 def centre_kernel(kernel: jax.Array) -> jax.Array:
@@ -47,7 +48,8 @@ def centre_kernel(kernel: jax.Array) -> jax.Array:
 class Conv(nn.Module):
     """2-D convolution over a Signal; `nn.Conv` on a plain array.
 
-    Attributes mean what they do in `nn.Conv`, and so do the parameters: ``kernel``
+    Attributes mean what they do in `nn.Conv`, of which ``mask``, ``input_dilation`` and
+    paddings other than zeros are missing, and so do the parameters: ``kernel``
     ``[h, w, C / groups, features]`` and ``bias`` ``[features]``. Besides:
 
     Attributes:
@@ -58,14 +60,15 @@ class Conv(nn.Module):
             in inference, where XLA drops what nobody uses).
 
     Raises:
-        ValueError: the input has no height and width, or its state other channels.
+        ValueError: the input has no height and width, or its state other channels; a
+            padding that is not of zeros.
     """
 
     features: int
     kernel_size: Sequence[int]
-    strides: int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
-    kernel_dilation: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
     use_bias: bool = True
     dtype: Any = None
@@ -102,7 +105,7 @@ class Conv(nn.Module):
             kernel = self.kernel_map(kernel)
         geometry = dict(
             strides=_pair(self.strides),
-            padding=canonicalize_padding(self.padding, 2),
+            padding=_zeros_around(self.padding),
             kernel_dilation=_pair(self.kernel_dilation),
             feature_group_count=self.feature_group_count,
         )
@@ -154,5 +157,14 @@ class Dense(nn.Dense):
         return through(x, super().__call__, predict)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: int | Sequence[int] | None) -> tuple[int, int]:
+    if value is None or isinstance(value, int):
+        return (value or 1,) * 2
+    return tuple(value)
+
+
+def _zeros_around(padding: Any) -> Padding:
+    if isinstance(padding, str):
+        check_choice("padding", padding.upper(), PADDINGS)
+        return padding.upper()
+    return canonicalize_padding(padding, 2)

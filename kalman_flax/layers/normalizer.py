@@ -43,7 +43,6 @@ class Affine:
 class Running:
     """Mixin: the running ``mean`` and ``var`` of `nn.BatchNorm`."""
 
-    @nn.nowrap
     def _running(self, channels: int) -> KalmanState:
         """The running moments, as they are before this step."""
         shape = (channels,)
@@ -51,7 +50,6 @@ class Running:
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         return KalmanState(mean.value, var.value)
 
-    @nn.nowrap
     def _observe(
         self,
         value: jax.Array,
@@ -64,7 +62,6 @@ class Running:
         axis_name = None if self.is_initializing() else self.axis_name
         return observe(value, axis=axis, mask=mask, axis_name=axis_name, guess=guess)
 
-    @nn.nowrap
     def _move_running(self, running: KalmanState, state: KalmanState) -> None:
         """Moves the `running` moments towards `state`, but not in initialisation."""
         if self.is_initializing():
@@ -88,7 +85,8 @@ class Normalizer(Affine, nn.Module):
 
 
 class RunningNormalizer(Running, Affine, nn.Module):
-    """Base of normalisers with all attributes of `nn.BatchNorm`, in its order."""
+    """Base of normalisers with the attributes of `nn.BatchNorm`, in its order, up to
+    `axis_name`."""
 
     use_running_average: bool | None = None
     axis: int = -1

@@ -81,6 +81,7 @@ def test_group_norm_ends_the_state_and_ignores_the_mode(x):
         variables = norm.init(KEY, signal)
         assert set(variables) == {"params"}
         outputs.append(norm.apply(variables, signal))
+        outputs.append(norm.apply(variables, signal, mode))
         assert outputs[-1].state is None
     chex.assert_trees_all_equal(*outputs)
 

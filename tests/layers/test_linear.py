@@ -21,6 +21,7 @@ GEOMETRIES = {
     "valid": {"padding": "VALID"},
     "pairs": {"padding": ((2, 0), (1, 3)), "strides": 2},
     "dilation": {"kernel_dilation": (2, 1)},
+    "none": {"strides": None, "kernel_dilation": None, "padding": "valid"},
     "groups": {"feature_group_count": 2},
     "all": {"strides": 2, "padding": ((0, 2), (2, 1)), "kernel_dilation": 2,
             "feature_group_count": 4},
@@ -151,14 +152,16 @@ def test_weight_standardization_reaches_the_gradient(x):
     np.testing.assert_allclose(along, np.zeros(6), atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("kernel", [np.ones((1, 1, 1, 2)), np.zeros((3, 3, 2, 2))])
-def test_weight_standardization_of_kernels_without_spread(kernel):
+def test_weight_standardization_of_kernels_without_spread(kernel, dtype):
     """Of 1x1 convolutions of one channel, and of kernels that start at zero."""
 
     def loss(kernel):
         return jnp.sum(jnp.sin(kf.standardize_kernel(kernel)))
 
-    value, grad = jax.value_and_grad(loss)(jnp.float32(kernel))
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(kernel, dtype))
+    assert value.dtype == dtype
     assert value == 0
     assert jnp.all(jnp.isfinite(grad))
 
@@ -207,6 +210,11 @@ def test_unknown_transition_is_refused(layer, x):
 def test_conv_is_two_dimensional(shape, size):
     with pytest.raises(ValueError, match=r"expected \[..., H, W, C\]"):
         kf.Conv(3, size).init(KEY, jnp.zeros(shape))
+
+
+def test_paddings_of_other_values_are_refused(x):
+    with pytest.raises(ValueError, match="padding is 'CIRCULAR'; expected one of"):
+        kf.Conv(8, (3, 3), padding="CIRCULAR").init(KEY, x)
 
 
 def test_gradient_flows_through_the_transition(x):
