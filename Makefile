@@ -26,4 +26,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

@@ -26,7 +26,7 @@ from benchmarks.program import BASELINE, VARIANTS, configure
 from kalman_flax import KalmanState, Signal
 from train import cli
 from train import workdir as wd
-from train.experiment import make_normalization
+from train.settings import make_normalization
 from train.speed import measure, ratio
 from train.step import compiler_options
 

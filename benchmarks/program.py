@@ -8,8 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import cifar10_short
-from train.experiment import check
 from train.score import infer
+from train.settings import check
 from train.step import TrainState
 
 BASELINE = "flax"

@@ -58,9 +58,11 @@ def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
     """Returns the entries of a study that are named; all for None.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or none.
     """
     known = list(dict.fromkeys(entry.variant for entry in study))
+    if names == []:
+        raise ValueError("--variants is empty; leave it out for all of them.")
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"unknown variants {unknown}; the config has {known}.")
     return [entry for entry in study if names is None or entry.variant in names]

@@ -15,6 +15,7 @@ from jax import lax
 from kalman_flax.state import check_choice
 
 #: of the red, green and blue pixels of ImageNet's training images, from 0 to 1
+STANDARDIZE = ("channel", "pixel")  # see `make_standardize`
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
 IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 
@@ -44,8 +45,6 @@ class Split(NamedTuple):
         return Split(*(a[index] for a in self))
 
 
-# Two, as those who read ahead go back and forth across the end of an epoch.
-@functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     """Returns the order in which an epoch visits the training examples, ``[N]``."""
     return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
@@ -64,11 +63,13 @@ def make_batches(
             of one class.
     """
     steps_per_epoch = examples // batch_size
+    # Two, as those who read ahead go back and forth across the end of an epoch.
+    order = functools.lru_cache(maxsize=2)(epoch_order)
 
     def batch(step: int) -> np.ndarray:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * batch_size
-        index = epoch_order(seed, epoch, examples)[start : start + batch_size]
+        index = order(seed, epoch, examples)[start : start + batch_size]
         if sort_by is None:
             return index
         return index[np.argsort(sort_by[index], kind="stable")]
@@ -101,7 +102,7 @@ def make_standardize(kind: str, images: np.ndarray | None) -> Standardize:
         images: ``[N, H, W, C]`` uint8; None if they are not in memory, which stands for
             the usual moments of ImageNet.
     """
-    check_choice("standardize", kind, ("channel", "pixel"))
+    check_choice("standardize", kind, STANDARDIZE)
     if images is None:
         if kind == "pixel":
             raise ValueError(

@@ -63,7 +63,7 @@ class Encoded:
                 box = random_box(np.random.default_rng((*key, example)))
             try:
                 images[row] = decode(data, box, self.image_size)
-            except OSError as error:
+            except Exception as error:  # Pillow has many, by format
                 raise ValueError(f"image {name} cannot be decoded: {error}") from error
         return Split(images, labels)
 

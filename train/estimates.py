@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from kalman_flax import KERNEL_MAPS
 from train import workdir as wd
 from train.data import augment, draw_crops
 from train.experiment import Experiment, build
@@ -40,14 +42,13 @@ def watched(config: ConfigDict) -> ConfigDict:
     Raises:
         ValueError: the run's normaliser has no statistics of the micro-batch.
     """
-    name = config.norm.removesuffix("_ws")
-    if name == "batch":
+    if config.norm in ("batch", *(f"batch{end}" for end in KERNEL_MAPS)):
         config.norm = config.norm.replace("batch", "kalman")
         config.norm_options = json.dumps({"gain": 1.0, "learn_gain": None})
-    elif not name.startswith(("kalman", "control")):
+    elif not config.norm.startswith(("kalman", "control")):
         raise ValueError(
-            f"{config.norm!r} does not filter; expected a run of batch norm or of a"
-            " Kalman normaliser."
+            f"{config.norm!r} does not filter statistics of the micro-batch; expected a"
+            " run of batch norm or of a Kalman normaliser other than group_kalman."
         )
     return config
 
@@ -204,9 +205,13 @@ def rows_of(
 
 def in_order(layers: Any) -> list[str]:
     """The layers from bottom to top: the stem's first, the final one last."""
-    return sorted(
-        layers, key=lambda name: (name != "stem_norm", name == "final_norm", name)
-    )
+
+    def place(name: str) -> tuple[Any, ...]:
+        parts = re.split(r"(\d+)", name)  # block2 comes before block10
+        numbers = [int(part) if part.isdigit() else part for part in parts]
+        return not name.startswith("stem"), name == "final_norm", numbers
+
+    return sorted(layers, key=place)
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

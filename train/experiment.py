@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,15 +14,14 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from kalman_flax import NETWORKS, NORMALIZERS, Normalization, normalization
-from kalman_flax.state import check_choice
-from train.controls import CONTROLS
+from kalman_flax import NETWORKS
 from train.data import Split, Standardize, make_batches, make_standardize
 from train.encoded import Encoded
 from train.feed import Feed
-from train.mesh import DEVICES, make_mesh, take
+from train.mesh import make_mesh, take
 from train.score import make_confusion, make_evaluate
 from train.sets import Dataset, load_dataset
+from train.settings import check, make_normalization
 from train.step import Metrics, TrainState, create_state, jit_update, make_update
 
 
@@ -112,27 +110,6 @@ def build(
     )
 
 
-def check(config: Any) -> int:
-    """Returns the number of micro-batches in a step that run side by side.
-
-    Raises:
-        ValueError: batch sizes or a normaliser that cannot be.
-    """
-    size, part = config.micro_batch_size, config.micro_batch_size * config.accumulate
-    if size < 1 or config.batch_size % size:
-        raise ValueError(
-            f"micro_batch_size {size} does not divide batch_size {config.batch_size}."
-        )
-    if part < 1 or config.batch_size % part:
-        raise ValueError(
-            f"the {config.batch_size // size} micro-batches of a step (batch_size"
-            f" {config.batch_size}, micro_batch_size {size}) do not split into"
-            f" accumulate = {config.accumulate} equal parts."
-        )
-    make_normalization(config)
-    return config.batch_size // part
-
-
 def make_batch(
     config: Any, mesh: Mesh, train: Split | Encoded
 ) -> Callable[[int], Split]:
@@ -156,30 +133,8 @@ def make_batch(
     return Feed(mesh, size, read, config.data_workers)
 
 
-def make_normalization(config: Any) -> Normalization:
-    """Looks up the normaliser that `config` names, and sets its options."""
-    try:
-        options = json.loads(config.norm_options)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"norm_options is {config.norm_options!r}, which is not JSON ({error});"
-            ' expected an object such as {"gain": 0.5, "learn_gain": null}.'
-        ) from error
-    if not isinstance(options, dict):
-        raise ValueError(f"norm_options is {config.norm_options}; expected an object.")
-    return normalization(
-        config.norm,
-        momentum=config.stats_momentum,
-        axis_name=DEVICES if config.sync_statistics else None,
-        known=NORMALIZERS | CONTROLS,
-        **options,
-    )
-
-
 def make_network(config: Any, dataset: Dataset) -> nn.Module:
     """Builds the network that `config` names, with the normaliser that it names."""
-    check_choice("dtype", config.dtype, ("float32", "bfloat16"))
-    check_choice("network", config.network, NETWORKS)
     size = {}
     if config.network == "cifar_resnet":
         size = {
@@ -202,23 +157,12 @@ def make_schedule(
 
     `rate` takes the place of ``config.learning_rate``.
     """
-    check_choice("schedule", config.schedule, ("cosine", "step"))
     warmup = config.warmup_epochs * steps_per_epoch
     steps = config.epochs * steps_per_epoch - warmup
-    if steps < 1:
-        raise ValueError(
-            f"warmup_epochs {config.warmup_epochs} leaves none of epochs"
-            f" {config.epochs}."
-        )
     rate = config.learning_rate if rate is None else rate
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(rate, steps)
     else:
-        if len(config.step_epochs) != len(config.step_factors):
-            raise ValueError(
-                f"step_epochs {config.step_epochs} and step_factors"
-                f" {config.step_factors} differ in length."
-            )
         drops = {
             epoch * steps_per_epoch - warmup: factor
             for epoch, factor in zip(config.step_epochs, config.step_factors)

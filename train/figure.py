@@ -119,7 +119,6 @@ def curve(
             if column in line:
                 points.setdefault(int(line["step"]), []).append(factor * line[column])
     steps = sorted(points)
-    steps = sorted(points)
     x = np.array(steps) / steps_per_x
     mean = np.array([np.mean(points[step]) for step in steps])
     sd = np.array([np.std(points[step]) for step in steps])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from train.data import Split
 from train.diagnose import find_bad_number
 from train.experiment import Experiment, build
 from train.feed import Ahead
-from train.profile import check_steps, profiler
+from train.profile import profiler
 from train.step import Metrics, TrainState
 
 _norm = jax.jit(optax.tree.norm)
@@ -59,21 +60,23 @@ def train(
     if (workdir / wd.SUMMARY).exists():
         wd.claim(workdir, config)
         return json.loads((workdir / wd.SUMMARY).read_text())
-    check_steps(config.profile_steps)  # first: a bad config claims no workdir
-    experiment = build(config, data_dir)
+    experiment = build(config, data_dir)  # first: a bad config claims no workdir
     with contextlib.ExitStack() as stack:
         run = OpenRun(config, workdir, stack)
         state = run.restore(experiment.state)
         loop = Loop(experiment, [run], lambda tree, number: tree)
         state = loop.train(state, int(state.step))
-        return run.finish(experiment, state, loop.seconds)
+        summary = run.finish(experiment, state, loop.seconds)
+        loop.give_way()
+        return summary
 
 
 class OpenRun:
     """A run at work: its directory, and what came of it.
 
     Attributes:
-        final: of the last test; empty before.
+        final: of the last test; empty before, and after a checkpoint that was not
+            tested yet.
         parameter_norm: of the last look; NaN before.
         error: why it ended before its end; None if it did not.
     """
@@ -89,6 +92,11 @@ class OpenRun:
         if processes.primary():
             stack.enter_context(wd.locked(workdir))
         wd.claim(workdir, config)
+        processes.check_equal("their config", zlib.crc32(config.to_json().encode()))
+        processes.check_equal(
+            f"whether they see {workdir}, which must be on a disk that they share",
+            (workdir / wd.CONFIG).exists(),
+        )
         self.config, self.workdir = config, workdir
         self.checkpoints = stack.enter_context(wd.open_checkpoints(workdir))
         self._stack = stack
@@ -100,9 +108,13 @@ class OpenRun:
         """Returns the state of the last checkpoint, or `state`; the log goes on
         from there."""
         state = wd.restore(self.checkpoints, state)
-        wd.forget_after(self.checkpoints, int(state.step))
-        self.log = wd.MetricsLog(self.workdir, int(state.step))
+        step = int(state.step)
+        processes.check_equal("the step of their last checkpoint", step)
+        wd.forget_after(self.checkpoints, step)
+        self.log = wd.MetricsLog(self.workdir, step)
         self._stack.callback(self.log.close)
+        self.final = wd.last_test(self.workdir, step)
+        processes.check_equal("what their logs say of the last test", len(self.final))
         return state
 
     def check(self, metrics: dict[str, float], step: int) -> None:
@@ -173,6 +185,7 @@ class Loop:
         self.runs, self._pick = runs, pick
         self._started = time.monotonic() - max(run.log.seconds for run in runs)
         self._pending: list[Metrics] = []  # not yet looked at
+        self._stop = False  # asked for in the end
 
     @property
     def seconds(self) -> float:
@@ -201,6 +214,8 @@ class Loop:
             self._progress(start) as bar,
             Ahead(experiment.batch, range(start, total)) as batches,
         ):
+            if start == total or (start and start % eval_steps == 0):
+                self._test(start, state, again=False)  # killed before it was, or after
             for step in range(start, total):
                 profile(step, state)
                 state = self._update(step, state, batches.next(self._pending[-1:]))
@@ -220,9 +235,17 @@ class Loop:
                     )
                 if last or done % eval_steps == 0:
                     self._test(done, state)
-        if start == total:  # killed before the summary
-            self._test(total, state)
+            self._stop = stop_asked(total + 1)
         return state
+
+    def give_way(self) -> None:
+        """To be called when all is written.
+
+        Raises:
+            processes.Stopped: that was asked after the last update.
+        """
+        if self._stop:
+            raise processes.Stopped("stopped as asked; this run had come to its end.")
 
     def _progress(self, start: int) -> tqdm:
         config, experiment, runs = self.config, self.experiment, len(self.runs)
@@ -281,8 +304,6 @@ class Loop:
         """Logs means over the updates since the last look; a checkpoint is a look too,
         so that a run resumed from it logs the same."""
         seen = self._look(done, state)
-        if not seen:  # a checkpoint has just looked
-            return
         means = jax.tree.map(lambda *values: np.mean(values, axis=0), *seen)
         memory = wd.memory_in_use()
         bar.set_postfix(
@@ -306,8 +327,10 @@ class Loop:
                 },
             )
 
-    def _test(self, done: int, state: Any) -> None:
+    def _test(self, done: int, state: Any, again: bool = True) -> None:
         for i, run in self._alive:
+            if run.final and not again:
+                continue
             run.final = self.experiment.evaluate(
                 self._pick(state, i), self.experiment.test
             )

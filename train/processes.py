@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -63,6 +64,15 @@ def join() -> None:
 def primary() -> bool:
     """Whether this is the process that prints, and writes all but checkpoints."""
     return jax.process_index() == 0
+
+
+def check_equal(what: str, value: int) -> None:
+    """Raises a ValueError, in all processes, unless `value` is the same in all."""
+    if jax.process_count() == 1:
+        return
+    values = multihost_utils.process_allgather(np.int64(value)).tolist()
+    if len(set(values)) > 1:
+        raise ValueError(f"processes that train together differ in {what}: {values}.")
 
 
 class Stopped(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ from ml_collections import ConfigDict
 
 from train import report
 from train import workdir as wd
-from train.experiment import check
 from train.loop import NonFiniteError, train
 from train.sets import check_prepared
+from train.settings import check
 from train.together import in_common, train_together
 
 
@@ -63,10 +64,13 @@ def run_all(
             side by side, by one program; None: each by a program of its own.
 
     Raises:
-        ValueError, FileNotFoundError: a bad config, a directory of another run, a data
-            set that is not there: of all jobs, before any is run.
+        ValueError, FileNotFoundError: a bad config, a directory of another run or of
+            two, a data set that is not there: of all jobs, before any is run.
     """
+    shared = Counter(job.run_dir for job in jobs)
     for job in jobs:
+        if shared[job.run_dir] > 1:
+            raise ValueError(f"{job.run_dir} would be the directory of two runs.")
         check(job.config)
         check_prepared(job.config.dataset, data_dir)
         wd.check_same(job.run_dir, job.config)

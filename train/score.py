@@ -124,7 +124,7 @@ def _make_total(
     """
     unit = config.micro_batch_size * mesh.size
     size = max(1, config.eval_batch_size // unit) * unit
-    # As in training, see `replicas_of`.
+    # As in training, see `replicas_of`, but shared over a batch of the test.
     replicas = mesh.size if config.sync_statistics else size // config.micro_batch_size
 
     def on_device(

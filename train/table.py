@@ -9,27 +9,36 @@ same config write these files. A run that stands in two of them counts once.
 import pathlib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from train import cli, report
+
+#: columns that runs of one config have in common
+PROTOCOL = ("norm", "batch_size", "learning_rate", "parameters", "steps")
 
 
 def join(paths: Iterable[pathlib.Path]) -> list[report.Run]:
     """Returns the runs of all files, each once.
 
     Raises:
-        ValueError: no file, one that is none of ours, or two with different results of
-            the same variant, micro-batch size and seed: not of the same config.
+        ValueError: no file, one that is none of ours, or runs of the same variant and
+            micro-batch size that are not of one config: of another batch, rate, network
+            or length, or with other results of the same seed.
     """
     runs: dict[tuple, report.Run] = {}
+    rows: dict[tuple, dict[str, Any]] = {}
     for path in paths:
         for run in report.read_csv(path):
             names = "variant", "micro_batch_size", "seed"
-            key = tuple(run.summary[name] for name in names)
+            *row, _ = key = tuple(run.summary[name] for name in names)
             known = runs.setdefault(key, run)
-            if results(known) != results(run):
+            protocol = {name: run.summary.get(name) for name in PROTOCOL}
+            alike = run.diverged or rows.setdefault(tuple(row), protocol) == protocol
+            if results(known) != results(run) or not alike:
                 raise ValueError(
                     f"{path} has other results of {dict(zip(names, key))} than a file"
-                    " before it: these are not runs of one config."
+                    " before it, or results of another protocol: these are not runs of"
+                    " one config."
                 )
     if not runs:
         raise ValueError("no runs; name one comparison.csv or more.")

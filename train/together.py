@@ -29,7 +29,6 @@ from train.experiment import (
 )
 from train.loop import Loop, NonFiniteError, OpenRun
 from train.mesh import same
-from train.profile import check_steps
 from train.step import init_state, jit_update, make_update
 
 #: keys of a config in which runs may differ that train at once
@@ -67,7 +66,6 @@ def train_together(
         raise ValueError(
             f"runs trained at once may differ in {' and '.join(FREE)} alone."
         )
-    check_steps(first.profile_steps)
     if first.profile_steps or first.debug_nans:
         raise ValueError(
             "profile_steps and debug_nans are for one run, not for several at once."
@@ -159,6 +157,7 @@ class _Program:
         for i, run in enumerate(runs):
             if run.error is None:
                 run.finish(experiment, _pick(end, i), loop.seconds / len(runs))
+        loop.give_way()
 
     def _batches(self, runs: Sequence[OpenRun]) -> Callable[[int], Split]:
         """From the step to the batches of all runs, with a leading axis of runs; those

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import resource
+import shlex
 import socket
 import sys
 import zlib
@@ -30,6 +31,8 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+#: keys that a run may go on with another value of, as nothing that it finds hangs on it
+_OF_NO_MATTER = ("data_workers", "debug_nans", "profile_steps")
 LOCK = "lock"
 
 
@@ -85,7 +88,10 @@ def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
     """
     if not (workdir / CONFIG).exists():
         return
-    ours, theirs = _as_json(config), _as_json(read_config(workdir))
+    ours, theirs = (
+        {key: value for key, value in _as_json(c).items() if key not in _OF_NO_MATTER}
+        for c in (config, read_config(workdir))
+    )
     if ours != theirs:
         differences = [
             f"  {key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r}"
@@ -280,6 +286,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def last_test(workdir: pathlib.Path, step: int) -> dict[str, float]:
+    """Returns what the test after `step` updates found; empty if there was none."""
+    found: dict[str, float] = {}
+    for line in read_metrics(workdir):
+        if line["step"] == step:
+            found |= {k: v for k, v in line.items() if k.startswith("test_")}
+    return {name.removeprefix("test_"): value for name, value in found.items()}
+
+
 def provenance() -> dict[str, Any]:
     """Returns the command, hardware and versions, to go beside every number."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "kalman_flax")
@@ -292,7 +307,7 @@ def provenance() -> dict[str, Any]:
     module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
     command = ["python", "-m", module.removesuffix(".__main__"), *sys.argv[1:]]
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "hardware": {
             "devices": [device.device_kind for device in jax.local_devices()],
             "machine": platform.machine(),

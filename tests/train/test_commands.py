@@ -17,8 +17,8 @@ from configs import micro_batch_sizes
 from tests.train.common import tiny_config
 from train import report
 from train.compare import at_sizes, chosen, parse_norm
-from train.experiment import check
 from train.runs import Entry, configure
+from train.settings import check
 
 STUDIES = (
     "ablation",

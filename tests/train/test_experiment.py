@@ -53,11 +53,6 @@ def test_network_by_name(name):
     ]
 
 
-def test_unknown_network():
-    with pytest.raises(ValueError, match=r"resnet18.*inception_v2"):
-        make_network(tiny_config(network="resnet18"), CIFAR)
-
-
 def test_released_schedule():
     config = importlib.import_module("configs.cifar10_released").get_config()
     schedule = make_schedule(config, steps_per_epoch=390)
@@ -103,7 +98,16 @@ def test_options_reach_the_normaliser():
         (dict(norm_options='{"gian": 1}'), "no attribute .*gian.*gain"),
         (dict(norm_options="gain=1"), "not JSON"),
         (dict(norm_options="[1]"), "expected an object"),
-        (dict(micro_batch_size=0), "micro_batch_size 0 does not divide"),
+        (dict(norm_options='{"momentum": 0.5}'), "momentum, which the key stats_mom"),
+        (dict(micro_batch_size=0), "micro_batch_size is 0; expected at least 1"),
+        (dict(micro_batch_size=3), "micro_batch_size 3 does not divide"),
+        (dict(batch_size=-8), "batch_size is -8; expected at least 1"),
+        (dict(eval_epochs=0), "eval_epochs is 0"),
+        (dict(width=0), "width is 0"),
+        (dict(train_examples=-1), "train_examples is -1; expected at least 0"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(network="resnet18"), r"resnet18.*inception_v2"),
         (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
         (dict(dataset="digit"), r"dataset is 'digit'; expected one of \['digits"),
         (dict(dtype="float64"), "dtype is 'float64'"),
@@ -112,6 +116,7 @@ def test_options_reach_the_normaliser():
         (dict(batch_size=128), "batch_size 128 is larger than the 64"),
         (dict(warmup_epochs=2), "warmup_epochs 2 leaves none"),
         (dict(schedule="step", step_epochs=(1,)), "differ in length"),
+        (dict(step_epochs=(1, 1), step_factors=(0.1, 0.1)), "later than the last"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

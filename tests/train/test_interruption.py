@@ -104,6 +104,37 @@ def test_killed_at_random_moments(start, straight, tmp_path):
     assert steps == list(range(1, 25))
 
 
+def two(start, workdirs, flags=((), ())):
+    """Starts two processes that train together, of two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            workdirs[i],
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+            *flags[i],
+            devices=2,
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "workdirs, flags, message",
+    [
+        ("aa", [(), ("--config.learning_rate=0.4",)], "differ in their config: ["),
+        ("ab", [(), ()], "which must be on a disk that they share: [1, 0]"),
+    ],
+)
+def test_processes_that_do_not_agree(start, tmp_path, workdirs, flags, message):
+    for process in two(start, [tmp_path / name for name in workdirs], flags):
+        out = finish(process, status=1)
+        assert message in out and "Traceback" not in out
+
+
 def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
     """SIGTERM on four devices; then twice two, where the first alone prints."""
     process = start(tmp_path, devices=4)
@@ -112,20 +143,7 @@ def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
     out = finish(process, status=128 + signal.SIGTERM)
     assert "stopped as asked, after step" in out and "Traceback" not in out
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        start(
-            tmp_path,
-            f"--coordinator=localhost:{port}",
-            "--num_processes=2",
-            f"--process_id={i}",
-            devices=2,
-        )
-        for i in range(2)
-    ]
-    first, second = map(finish, processes)
+    first, second = map(finish, two(start, [tmp_path] * 2))
     assert "4 device(s)" in first and "test accuracy" in first
     assert "device(s)" not in second and "accuracy" not in second
     resumed = final_state(tmp_path)

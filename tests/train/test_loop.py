@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.train.common import tiny_config
-from train import loop, step
+from train import loop, processes, step
 from train import workdir as wd
 from train.experiment import build
 
@@ -89,8 +90,47 @@ def test_killed_between_last_checkpoint_and_summary(finished):
     workdir, config, summary = finished
     (workdir / "summary.json").unlink()
     again = loop.train(config, workdir)
+    assert tests_logged(workdir) == [8, 16]
     assert again["test_moving_accuracy"] == summary["test_moving_accuracy"]
     assert again["final_train_loss"] == summary["final_train_loss"]
+
+
+def tests_logged(workdir):
+    return [x["step"] for x in wd.read_metrics(workdir) if "test_batch_loss" in x]
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("at", [8, 16])
+def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
+    """Killed in the test behind a checkpoint, or stopped ahead of it or in the last."""
+    straight, config, summary = finished
+    with monkeypatch.context() as patch:
+        real = loop.Loop._test
+
+        def interrupted(self, done, *rest, **options):
+            if done == at and how == "killed":
+                raise KeyboardInterrupt
+            if done == at:
+                signal.raise_signal(signal.SIGTERM)
+            real(self, done, *rest, **options)
+
+        patch.setattr(loop.Loop, "_test", interrupted)
+        with pytest.raises((KeyboardInterrupt, processes.Stopped)):
+            loop.train(config, tmp_path)
+    ended = (tmp_path / "summary.json").exists()
+    assert ended == (how == "stopped" and at == 16)  # all is done, but nothing follows
+    again = loop.train(config, tmp_path)
+    assert tests_logged(tmp_path) == tests_logged(straight) == [8, 16]
+    for key in ("test_moving_accuracy", "test_batch_loss"):
+        assert again[key] == summary[key]
+
+
+def test_keys_of_no_matter_may_change(finished):
+    workdir, config, summary = finished
+    other = config.copy_and_resolve_references()
+    other.update(debug_nans=True, data_workers=3, profile_steps=(1, 2))
+    assert loop.train(other, workdir) == summary
+    loop.train(config, workdir)
 
 
 def test_a_config_from_before_a_key_existed(finished):

@@ -10,7 +10,7 @@ import pytest
 from tests.train.common import tiny_config
 from tests.train.test_commands import run
 from train import report
-from train.experiment import check, make_network
+from train.experiment import make_network
 from train.reproductions import (
     REPRODUCTIONS,
     cifar,
@@ -26,6 +26,7 @@ from train.reproductions.result import Result, table
 from train.reproductions.scale import SCALES, reduced, scaled, updates
 from train.reproductions.trained import Column, Request, Trained, name_of
 from train.sets import Dataset, examples, load_dataset
+from train.settings import check
 
 TRAINED = {name: t for name, t in REPRODUCTIONS.items() if isinstance(t, Trained)}
 CLASSES = {"imagenet2012": 1000, "cifar100": 100, "cifar10": 10, "svhn_cropped": 10}

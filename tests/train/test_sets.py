@@ -2,11 +2,13 @@
 
 import io
 import json
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.Image import DecompressionBombError
 
 from tests.train.common import tiny_config
 from tests.train.tfds_data import SPLITS, example, picture, prepare
@@ -131,7 +133,7 @@ def test_unknown_data_set():
         load_dataset("mnist")
 
 
-def test_folders_of_another_form(tmp_path):
+def test_folders_of_another_form(tmp_path, monkeypatch):
     def refused(error, match):
         return pytest.raises(error, match=match)
 
@@ -154,8 +156,13 @@ def test_folders_of_another_form(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cat" / "bad.jpg").write_bytes(b"no image")
     data = load_dataset("folder", root)
-    with refused(ValueError, r"image .*/test/cat/bad.jpg cannot be decoded"):
+    unreadable = r"image .*/test/cat/bad.jpg cannot be decoded"
+    with refused(ValueError, unreadable):
         data.test.read(np.arange(1))
+    for kind in (SyntaxError, DecompressionBombError):  # which Pillow raises, too
+        monkeypatch.setattr("train.encoded.decode", Mock(side_effect=kind))
+        with refused(ValueError, unreadable):
+            data.test.read(np.arange(1))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ import csv
 import json
 import re
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from kalman_flax import NETWORKS, KalmanNorm
 from tests.train.common import tiny_config
 from tests.train.test_commands import TINY, run
 from train.estimates import (
@@ -17,6 +20,7 @@ from train.estimates import (
     _Pooled,
     collect,
     errors,
+    in_order,
     rows_of,
     summarise,
     variance_gaps,
@@ -79,8 +83,32 @@ def test_batch_norm_is_watched_as_the_filter_with_gain_1():
         np.testing.assert_array_equal, estimates["filtered"], estimates["observed"]
     )
     assert set(estimates["predicted"]) == set(truth)
-    with pytest.raises(ValueError, match="'group' does not filter"):
-        watched(tiny_config(norm="group"))
+    assert watched(tiny_config(norm="batch_wc")).norm == "kalman_wc"
+    for name in ("group", "group_kalman", "batch_renorm"):
+        with pytest.raises(ValueError, match=f"'{name}' does not filter"):
+            watched(tiny_config(norm=name))
+
+
+@pytest.mark.parametrize("name", ["resnet110", "resnet50", "inception_v2"])
+def test_layers_from_bottom_to_top(name):
+    """In the order in which they are called; of parallel branches by name."""
+    network, called = NETWORKS[name](num_classes=10), []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, KalmanNorm) and context.method_name == "filter":
+            called.append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(
+            lambda: network.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), True)
+        )
+
+    def blocks(layers):
+        return [layer.rpartition("/")[0] for layer in layers]
+
+    assert len(called) == len(set(called)) > 50
+    assert blocks(in_order(sorted(called))) == blocks(called)
 
 
 def test_factor_of_all_channels_is_no_relative_error():

@@ -43,6 +43,10 @@ def test_runs_of_different_configs_are_refused(tmp_path):
     second = written(tmp_path / "b.csv", run(0, **accuracy(0.6)))
     with pytest.raises(ValueError, match=r"b\.csv has other results .*'seed': 0"):
         table.join([first, second])
+    for other in ({"parameters": 9}, {"steps": 7}, {"learning_rate": 0.2}):
+        longer = written(tmp_path / "c.csv", run(1, **accuracy(0.4), **other))
+        with pytest.raises(ValueError, match="or results of another protocol"):
+            table.join([first, longer])
 
 
 def test_other_files_are_refused(tmp_path):

@@ -131,6 +131,13 @@ def test_another_run_is_seen_before_any_is_made(tmp_path, at_once):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_run_counts_once(tmp_path):
+    jobs = [Job(tiny_config(), name, tmp_path / "a") for name in ("a", "b")]
+    with pytest.raises(ValueError, match="a would be the directory of two runs"):
+        run_all(jobs, None)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     "others, message",
     [
