@@ -15,21 +15,15 @@ from kalman_flax.layers.linear import Conv
 Path = tuple[str, ...]
 
 #: collection and name of what a KalmanNorm has and batch norm lacks
-OF_FILTER = {
-    ("params", "gain"),
-    ("params", "noise"),
-    ("batch_stats", "steps"),
-    ("batch_stats", "offset"),
-}
+OF_FILTER = {("params", "gain"), ("params", "noise"), ("batch_stats", "steps")}
 
 
 def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     """Loads a batch-norm network's variables into those of the same KN network.
 
     Layers correspond by name; Flax's automatic ``BatchNorm_3`` is ``KalmanNorm_3``.
-    Only gain, process noise, a count of steps and a tracked offset, which batch norm
-    lacks, keep their values: fine-tuning a pre-trained model, as the paper does on
-    COCO.
+    Only gain, process noise and a count of steps, which batch norm lacks, keep their
+    values: fine-tuning a pre-trained model, as the paper does on COCO.
 
     Args:
         variables: of the KN network, freshly initialised: ``params``, ``batch_stats``.

@@ -49,7 +49,7 @@ def flat(variables):
 
 @pytest.mark.parametrize("name, options, own", [
     ("kalman", {}, set()),
-    ("kalman", {"decay_steps": 9, "track_offset": True}, {"steps", "offset"}),
+    ("kalman", {"decay_steps": 9}, {"steps"}),
     ("kalman_paper", {}, {"gain", "noise"}),
 ])  # fmt: skip
 def test_load_takes_all_but_what_is_the_filters(name, options, own):
@@ -80,10 +80,7 @@ def test_export_runs_in_plain_flax(name):
 def test_export_after_training():
     """The running statistics that training wrote are those that serve; how often it
     wrote them is nobody's business."""
-    net, plain = (
-        resnet("kalman_ws", decay_steps=9, track_offset=True),
-        PlainResNet(**SIZE),
-    )
+    net, plain = resnet("kalman_ws", decay_steps=9), PlainResNet(**SIZE)
     variables = variables_of(net)
     _, updates = net.apply(variables, IMAGES, False, mutable=["batch_stats"])
     variables = {**variables, **updates}

@@ -100,10 +100,6 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         hand_on: ``"normalized"``: the moments of the output, which is what enters the
             next layer; or ``"raw"``: the filtered moments of the input, Eq. 7 to the
             letter.
-        track_offset: add the running mean of the innovation, observed less predicted
-            mean, to the predicted mean: what the prediction gets wrong in all micro-
-            batches alike is corrected without the noise of any one of them. Without
-            gradient; ``offset`` ``[C]`` in ``batch_stats``, decayed by `momentum`.
         outlier_ratio: None, or the limit of `reject_outlier`.
         decay_steps: None, or the training steps over which q falls to 0 along half a
             cosine, as learning rates do. With as many as there are in the run, training
@@ -125,7 +121,6 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     noise: str | None = None
     rule: str = "mixture"
     hand_on: str = "normalized"
-    track_offset: bool = False
     outlier_ratio: float | None = None
     decay_steps: int | None = None
 
@@ -185,9 +180,6 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             )
         if use_running_average:
             return x.replace(state=running)
-        if predicted is not None and self.track_offset:
-            offset = self.get_variable("batch_stats", "offset")
-            predicted = predicted._replace(mean=predicted.mean + offset)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
         x = x.replace(value=hold(x.value))
         # Far from the guess the variance is lost: none where the observation may stand
@@ -198,7 +190,6 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         self._report("observed", state)
         if predicted is not None:
             self._report("predicted", predicted)
-            self._move_offset(state.mean - predicted.mean)
             predicted = parameters.predict_noise(predicted)
             if self.outlier_ratio is not None:
                 predicted = reject_outlier(predicted, state, self.outlier_ratio)
@@ -233,21 +224,12 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     @nn.compact
     def _variables(self, channels: int) -> tuple[Parameters, KalmanState]:
         parameters = self._parameters(channels)
-        if self.track_offset:
-            shape = (channels,)
-            self.variable("batch_stats", "offset", jnp.zeros, shape, jnp.float32)
         if self.decay_steps is not None:
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
             done = jnp.minimum(steps.value / self.decay_steps, 1.0)
             left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
             parameters = parameters._replace(gain=left * parameters.gain)
         return parameters, self._running(channels)
-
-    def _move_offset(self, innovation: jax.Array) -> None:
-        if self.track_offset and not self.is_initializing():
-            offset = self.get_variable("batch_stats", "offset")
-            offset += (1 - self.momentum) * jax.lax.stop_gradient(innovation)
-            self.put_variable("batch_stats", "offset", offset)
 
     def _count_step(self) -> None:
         if self.decay_steps is not None and not self.is_initializing():

@@ -112,34 +112,6 @@ def test_gain_that_falls(x):
         variables = variables | {"batch_stats": stats}
 
 
-def test_tracked_offset(x):
-    """The average of what was observed less what was predicted, corrects the next
-    prediction; it has no gradient, and in initialisation and inference stays."""
-    norm = kf.KalmanNorm(gain=0.1, track_offset=True, momentum=0.8)
-    variables = norm.init(KEY, x, use_running_average=False)
-    offset = np.zeros(3)
-    np.testing.assert_array_equal(variables["batch_stats"]["offset"], offset)
-    for _ in range(3):
-        norm.apply(variables, x, use_running_average=True)
-        y, stats = apply(norm, x, variables, **TRAIN, method="filter")
-        corrected = KalmanState(STATE.mean + offset, STATE.var)
-        assert_state(y.state, *filtered(x.replace(state=corrected), 0.1))
-        offset = 0.8 * offset + 0.2 * (observed(x)[0] - np.asarray(STATE.mean))
-        np.testing.assert_allclose(stats["offset"], offset, rtol=1e-5, atol=1e-6)
-        variables = variables | {"batch_stats": stats}
-
-
-def test_tracked_offset_passes_no_gradient(x):
-    norm = kf.KalmanNorm(**TRAIN, track_offset=True)
-    variables = norm.init(KEY, x)
-
-    def moved(value):
-        _, stats = apply(norm, x.replace(value=value), variables)
-        return jnp.sum(stats["offset"])
-
-    np.testing.assert_array_equal(jax.grad(moved)(x.value), jnp.zeros_like(x.value))
-
-
 def test_default_has_the_parameters_of_batch_norm_and_a_fixed_gain(x):
     norm = kf.KalmanNorm(**TRAIN)
     assert set(norm.init(KEY, x)["params"]) == {"scale", "bias"}
