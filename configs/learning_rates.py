@@ -3,7 +3,8 @@
     python -m train.compare --config=configs/learning_rates.py --seeds=3 \\
         --workdir=runs/rates --data_dir=DIR
 
-A comparison at one rate for all favours those whose rate it is. With
+A comparison at one rate for all favours those whose rate it is. Ramps and falling gains
+are cut to the protocol's 800 updates: change its length here, not by a flag. With
 ``--config.warmup_epochs=1`` the rate rises to it over the first epoch; ``--at_once=1``
 compiles once for all rates and seeds of a normaliser.
 """

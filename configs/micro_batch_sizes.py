@@ -8,7 +8,7 @@ the short one, ResNet-20.
 
 Those that normalise each image by itself are run once, at micro-batch 2: it means
 nothing to them. Ramps and warm-ups that their authors give in steps of a long schedule
-are cut to the same share of this one.
+are cut to the same share of this one: change its length here, not by a flag.
 """
 
 import json
