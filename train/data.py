@@ -45,6 +45,9 @@ class Split(NamedTuple):
         return Split(*(a[index] for a in self))
 
 
+# Two of each run that trains at once, as those who read ahead go back and forth across
+# the end of an epoch.
+@functools.lru_cache(maxsize=16)
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     """Returns the order in which an epoch visits the training examples, ``[N]``."""
     return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
@@ -63,13 +66,11 @@ def make_batches(
             of one class.
     """
     steps_per_epoch = examples // batch_size
-    # Two, as those who read ahead go back and forth across the end of an epoch.
-    order = functools.lru_cache(maxsize=2)(epoch_order)
 
     def batch(step: int) -> np.ndarray:
         epoch, position = divmod(step, steps_per_epoch)
         start = position * batch_size
-        index = order(seed, epoch, examples)[start : start + batch_size]
+        index = epoch_order(seed, epoch, examples)[start : start + batch_size]
         if sort_by is None:
             return index
         return index[np.argsort(sort_by[index], kind="stable")]

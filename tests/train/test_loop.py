@@ -90,12 +90,12 @@ def test_killed_between_last_checkpoint_and_summary(finished):
     workdir, config, summary = finished
     (workdir / "summary.json").unlink()
     again = loop.train(config, workdir)
-    assert tests_logged(workdir) == [8, 16]
+    assert logged_tests(workdir) == [8, 16]
     assert again["test_moving_accuracy"] == summary["test_moving_accuracy"]
     assert again["final_train_loss"] == summary["final_train_loss"]
 
 
-def tests_logged(workdir):
+def logged_tests(workdir):
     return [x["step"] for x in wd.read_metrics(workdir) if "test_batch_loss" in x]
 
 
@@ -120,7 +120,7 @@ def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
     ended = (tmp_path / "summary.json").exists()
     assert ended == (how == "stopped" and at == 16)  # all is done, but nothing follows
     again = loop.train(config, tmp_path)
-    assert tests_logged(tmp_path) == tests_logged(straight) == [8, 16]
+    assert logged_tests(tmp_path) == logged_tests(straight) == [8, 16]
     for key in ("test_moving_accuracy", "test_batch_loss"):
         assert again[key] == summary[key]
 
