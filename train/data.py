@@ -14,8 +14,10 @@ from jax import lax
 
 from kalman_flax.state import check_choice
 
+#: see `make_standardize`
+STANDARDIZE = ("channel", "pixel")
+
 #: of the red, green and blue pixels of ImageNet's training images, from 0 to 1
-STANDARDIZE = ("channel", "pixel")  # see `make_standardize`
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
 IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 

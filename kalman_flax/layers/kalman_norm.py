@@ -83,10 +83,10 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     or with gain 1 it is `nn.BatchNorm`, and it always is in inference.
 
     Attributes are those of `nn.BatchNorm` up to `axis_name`, and so are the variables:
-    parameters
-    ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered moments) in
-    ``batch_stats``, all ``[C]``. Where the collection ``intermediates`` is mutable, the
-    states ``observed``, ``predicted`` and ``filtered`` are left there. Besides:
+    parameters ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered
+    moments) in ``batch_stats``, all ``[C]``. Where the collection ``intermediates`` is
+    mutable, the states ``observed``, ``predicted`` and ``filtered`` are left there.
+    Besides:
 
     Attributes:
         gain: q, the weight of the observation in [0, 1]; the value learning starts
