@@ -68,6 +68,20 @@ def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
     return [entry for entry in study if names is None or entry.variant in names]
 
 
+def check_overrides(entries: list[Entry], keys: Iterable[str]) -> None:
+    """Refuses flags for `keys` of the config that each of `entries` sets itself.
+
+    Raises:
+        ValueError: there is one, which would do nothing.
+    """
+    for key in keys:
+        if all(key in entry.overrides for entry in entries):
+            raise ValueError(
+                f"a flag sets {key}, which would change nothing: every row of the table"
+                " sets it itself. Leave the flag out, or choose other rows."
+            )
+
+
 def at_sizes(entries: Iterable[Entry], sizes: list[str]) -> list[Entry]:
     """Returns the rows of the table: `entries` that set no micro-batch size of their
     own stand there once for each of `sizes`."""
@@ -92,6 +106,10 @@ def main() -> None:
     entries = chosen([Entry(*variant) for variant in config.variants], _VARIANTS.value)
     if _NORMS.value or not entries:
         entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
+    set_by_flags = list(config_flags.get_override_values(flags.FLAGS["config"]))
+    if _MICRO_BATCH_SIZES.value:
+        set_by_flags.append("micro_batch_size")
+    check_overrides(entries, set_by_flags)
     sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]
     entries = at_sizes(entries, sizes)
     jobs = []

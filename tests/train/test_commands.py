@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from configs import micro_batch_sizes
 from tests.train.common import tiny_config
 from train import report
-from train.compare import at_sizes, chosen, parse_norm
+from train.compare import at_sizes, check_overrides, chosen, parse_norm
 from train.runs import Entry, configure
 from train.settings import check
 
@@ -210,6 +210,15 @@ def test_a_part_of_a_study():
     assert chosen(study, ["c", "a"]) == [study[0], study[2], study[3]]
     with pytest.raises(ValueError, match=r"unknown variants \['d'\].*'a', 'b', 'c'"):
         chosen(study, ["a", "d"])
+
+
+def test_a_flag_that_would_change_nothing():
+    """One that a row of the table heeds is welcome."""
+    rows = [parse_norm("batch@128"), parse_norm("kalman")]
+    check_overrides(rows, ["epochs", "micro_batch_size"])
+    for key, names in (("norm", rows), ("micro_batch_size", rows[:1])):
+        with pytest.raises(ValueError, match=f"a flag sets {key}, which would change"):
+            check_overrides(names, [key])
 
 
 def test_a_study_names_its_unknown_keys():
