@@ -215,7 +215,9 @@ class Loop:
             Ahead(experiment.batch, range(start, total)) as batches,
         ):
             if start == total or (start and start % eval_steps == 0):
-                self._test(start, state, again=False)  # killed before it was, or after
+                # Some may have been tested before they were killed.
+                untested = [(i, run) for i, run in self._alive if not run.final]
+                self._test(start, state, untested)
             for step in range(start, total):
                 profile(step, state)
                 state = self._update(step, state, batches.next(self._pending[-1:]))
@@ -234,7 +236,7 @@ class Loop:
                         " command goes on from there."
                     )
                 if last or done % eval_steps == 0:
-                    self._test(done, state)
+                    self._test(done, state, self._alive)
             self._stop = stop_asked(total + 1)
         return state
 
@@ -327,10 +329,8 @@ class Loop:
                 },
             )
 
-    def _test(self, done: int, state: Any, again: bool = True) -> None:
-        for i, run in self._alive:
-            if run.final and not again:
-                continue
+    def _test(self, done: int, state: Any, runs: list[tuple[int, OpenRun]]) -> None:
+        for i, run in runs:
             run.final = self.experiment.evaluate(
                 self._pick(state, i), self.experiment.test
             )
