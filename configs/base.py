@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     config.step_factors = ()  # step: by these factors
     config.sgd_momentum = 0.9
     config.weight_decay = 2e-4
+    config.clip_norm = 0.0  # the gradient is made no longer than this; 0: left as it is
     config.seed = 0
 
     # Reporting

@@ -177,14 +177,18 @@ def make_schedule(
 def make_optimizer(
     config: Any, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay, as an L2 penalty, on the kernels only."""
+    """SGD with momentum; weight decay, as an L2 penalty, on the kernels only, and not a
+    part of the gradient that is clipped."""
 
     def kernels(params: Any) -> Any:
         return traverse_util.path_aware_map(
             lambda path, _: path[-1] == "kernel", params
         )
 
+    # Left out where nothing is clipped: checkpoints hold the state of each link.
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(
+        *clip,
         optax.add_decayed_weights(config.weight_decay, mask=kernels),
         optax.sgd(schedule, momentum=config.sgd_momentum),
     )

@@ -32,6 +32,7 @@ _AT_LEAST = {
     "warmup_epochs": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "clip_norm": 0,
     "seed": 0,
 }
 _CHOICES = {

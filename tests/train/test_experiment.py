@@ -3,7 +3,9 @@
 import importlib
 import pathlib
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -84,6 +86,18 @@ def test_weight_decay_reaches_kernels_only():
     assert params["conv"]["bias"] == params["norm"]["scale"] == 2.0
 
 
+def test_long_gradients_are_clipped_before_weight_decay():
+    config = tiny_config(weight_decay=0.5, sgd_momentum=0.0, clip_norm=1.0)
+    optimizer = make_optimizer(config, lambda _: 0.1)
+    params = {"kernel": 2.0, "bias": 2.0}
+    state = optimizer.init(params)
+    for length, clipped in ((5.0, 1.0), (0.5, 0.5)):
+        grads = {"kernel": jnp.array(0.6 * length), "bias": jnp.array(0.8 * length)}
+        updates, state = optimizer.update(grads, state, params)
+        expected = {"kernel": -0.1 * (0.6 * clipped + 1.0), "bias": -0.08 * clipped}
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
 def test_options_reach_the_normaliser():
     config = tiny_config(norm_options='{"gain": 0.3, "learn_gain": null}')
     norm = make_network(config, CIFAR).norm(name="norm")
@@ -106,6 +120,7 @@ def test_options_reach_the_normaliser():
         (dict(width=0), "width is 0"),
         (dict(train_examples=-1), "train_examples is -1; expected at least 0"),
         (dict(seed=-1), "seed is -1"),
+        (dict(clip_norm=-1.0), "clip_norm is -1.0; expected at least 0"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
         (dict(network="resnet18"), r"resnet18.*inception_v2"),
         (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
