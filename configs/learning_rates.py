@@ -5,8 +5,9 @@
 
 A comparison at one rate for all favours those whose rate it is. Ramps and falling gains
 are cut to the protocol's 800 updates: change its length here, not by a flag. With
-``--config.warmup_epochs=1`` the rate rises to it over the first epoch; ``--at_once=1``
-compiles once for all rates and seeds of a normaliser.
+``--config.warmup_epochs=1`` the rate rises to it over the first epoch, and with
+``--config.clip_norm=1.0`` gradients are clipped, which KN needs at high rates;
+``--at_once=1`` compiles once for all rates and seeds of a normaliser.
 """
 
 import json
