@@ -5,7 +5,7 @@
 
 The true small-batch case: as many images as at batch 128, in steps of 2, 8 or 32, the
 learning rate scaled with the batch. Updates of 2 images take the longest: a normaliser
-trains for some 10 minutes at all three sizes.
+trains for 6 to 10 minutes at all three sizes.
 """
 
 from ml_collections import ConfigDict
