@@ -89,10 +89,12 @@ class OpenRun:
         Raises:
             ValueError: it is another run's.
         """
+        # first: one that was told otherwise must not find the other's claim
+        processes.check_equal("their config", zlib.crc32(config.to_json().encode()))
         if processes.primary():
             stack.enter_context(wd.locked(workdir))
         wd.claim(workdir, config)
-        processes.check_equal("their config", zlib.crc32(config.to_json().encode()))
+        processes.wait_for_all("workdir claimed")
         processes.check_equal(
             f"whether they see {workdir}, which must be on a disk that they share",
             (workdir / wd.CONFIG).exists(),

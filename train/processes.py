@@ -75,6 +75,11 @@ def check_equal(what: str, value: int) -> None:
         raise ValueError(f"processes that train together differ in {what}: {values}.")
 
 
+def wait_for_all(where: str) -> None:
+    """Goes on when all processes have come to `where`."""
+    multihost_utils.sync_global_devices(where)
+
+
 class Stopped(Exception):
     """A run was told to stop, and saved where it was."""
 

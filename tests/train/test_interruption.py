@@ -67,11 +67,15 @@ def wait_for_progress(process, workdir, step=1):
     raise AssertionError(process.communicate()[0])
 
 
-@functools.cache
-def structure():
+def config():
     config = digits.get_config()
     config.update(KEYS)
-    return build(config, devices=jax.devices()[:1]).state
+    return config
+
+
+@functools.cache
+def structure():
+    return build(config(), devices=jax.devices()[:1]).state
 
 
 def final_state(workdir):
@@ -130,6 +134,8 @@ def two(start, workdirs, flags=((), ())):
     ],
 )
 def test_processes_that_do_not_agree(start, tmp_path, workdirs, flags, message):
+    (tmp_path / "a").mkdir()
+    wd.claim(tmp_path / "a", config())  # by a run of before, which was killed
     for process in two(start, [tmp_path / name for name in workdirs], flags):
         out = finish(process, status=1)
         assert message in out and "Traceback" not in out
