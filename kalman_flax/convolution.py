@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +91,10 @@ def predict_conv(
     )
     inside = np.kron(rows.inside, cols.inside)  # [kinds of position, taps]
     share = np.kron(rows.share, cols.share)
-    # The local mean is mu . (inside @ W). Its mean over positions weighs the taps by P;
-    # its variance is the sum of squares of what each kind deviates, times its share.
+    # The local mean is the sum of m_t = mu . W_t over the taps t inside. Over positions
+    # its mean is P . m, its variance m' K m, with K the covariance of being inside.
     p = share @ inside
-    deviation = np.sqrt(share)[:, None] * (inside - p)
-    deviation = deviation[np.any(deviation, axis=1)]
+    k = (inside - p).T @ (share[:, None] * (inside - p))
 
     def by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns stat . kernel of each tap, ``[..., taps, D]``."""
@@ -107,17 +106,31 @@ def predict_conv(
         )
         return out.reshape(*out.shape[:-2], features)
 
-    def weigh(weights: np.ndarray, taps: jax.Array) -> jax.Array:
-        """Returns weights @ taps, ``[..., D]`` or ``[..., number of weights, D]``."""
-        taps = taps if weights.ndim == 1 else taps[..., None, :, :]
-        return jnp.sum(jnp.float32(weights)[..., None] * taps, axis=-2)
-
-    local = weigh(np.stack([p, *deviation]), by_tap(mean, kernel))
-    mean = local[..., 0, :]
-    var = weigh(p, by_tap(var, jnp.square(kernel)))
-    if len(deviation):
-        var += jnp.sum(jnp.square(local[..., 1:, :]), axis=-2)
+    means, variances = by_tap(mean, kernel), by_tap(var, jnp.square(kernel))
+    weights = jnp.float32(p)[:, None]
+    mean = jnp.sum(weights * means, axis=-2)
+    var = jnp.sum(weights * variances, axis=-2)
+    if np.any(k):
+        var += _quadratic_form(means, jnp.float32(k))
     return KalmanState(mean if bias is None else mean + bias, var)
+
+
+@jax.custom_jvp
+def _quadratic_form(m: jax.Array, k: jax.Array) -> jax.Array:
+    """m' K m of each feature, m ``[..., taps, D]``; not below 0 by rounding."""
+    return jnp.maximum(jnp.sum(m * _weigh(k, m), axis=-2), 0.0)
+
+
+@_quadratic_form.defjvp
+def _quadratic_form_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """2 (K m)' dm: value and gradients by one product, as K is symmetric."""
+    (m, k), (d_m, _) = primals, tangents  # K is a constant
+    return _quadratic_form(m, k), 2.0 * jnp.sum(_weigh(k, m) * d_m, axis=-2)
+
+
+def _weigh(k: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns K m as a sum, which fuses with what is around it."""
+    return jnp.sum(k[..., None] * m[..., None, :, :], axis=-2)
 
 
 class _Kinds(NamedTuple):

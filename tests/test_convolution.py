@@ -112,6 +112,27 @@ def test_variance_survives_a_mean_of_1e4():
     chex.assert_trees_all_close(state.var, expected, rtol=1e-4)
 
 
+def test_second_derivatives():
+    """The variance is a quadratic function of the mean, and so equals its expansion."""
+    mean, var, kernel, bias = draw()
+
+    def variance(mean):
+        return predict(mean, var, kernel, bias, (5, 6)).var
+
+    hessian = jax.hessian(variance)(mean)  # [D, C, C]
+    expanded = variance(0.0 * mean) + 0.5 * mean @ hessian @ mean
+    chex.assert_trees_all_close(variance(mean), expanded, rtol=1e-5)
+
+
+def test_variance_is_never_negative():
+    """Of four taps that lie outside at the same positions, and cancel but for rounding."""
+    kernel = np.random.default_rng(0).normal(size=(1, 6, 1, 64)).astype(np.float32)
+    kernel[0, 0] = -kernel[0, 1:4].sum(axis=0)
+    geometry = dict(strides=(1, 4), padding=((0, 0), (4, 0)))
+    state = kf.predict_conv(kf.KalmanState(1.0, 0.0), kernel, (1, 8), **geometry)
+    assert 0.0 <= np.min(state.var) <= np.max(state.var) < 1e-9
+
+
 def test_bfloat16_kernel_gives_a_float32_state():
     mean, var, kernel, bias = draw()
     kernel = jnp.asarray(kernel, jnp.bfloat16)
