@@ -107,30 +107,44 @@ def predict_conv(
         return out.reshape(*out.shape[:-2], features)
 
     means, variances = by_tap(mean, kernel), by_tap(var, jnp.square(kernel))
-    weights = jnp.float32(p)[:, None]
-    mean = jnp.sum(weights * means, axis=-2)
-    var = jnp.sum(weights * variances, axis=-2)
     if np.any(k):
-        var += _quadratic_form(means, jnp.float32(k))
+        mean, var = _over_positions(means, variances, jnp.float32(p), jnp.float32(k))
+    else:
+        mean, var = _weigh(jnp.float32(p), means), _weigh(jnp.float32(p), variances)
     return KalmanState(mean if bias is None else mean + bias, var)
 
 
 @jax.custom_jvp
-def _quadratic_form(m: jax.Array, k: jax.Array) -> jax.Array:
-    """m' K m of each feature, m ``[..., taps, D]``; not below 0 by rounding."""
-    return jnp.maximum(jnp.sum(m * _weigh(k, m), axis=-2), 0.0)
+def _over_positions(
+    m: jax.Array, v: jax.Array, p: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """P . m, and P . v + m' K m, of each feature: m and v are ``[..., taps, D]``."""
+    mean, weighed = _mean_and_weighed(m, p, k)
+    spread = jnp.sum(m * weighed, axis=-2)
+    return mean, _weigh(p, v) + jnp.maximum(spread, 0.0)  # below 0 by rounding alone
 
 
-@_quadratic_form.defjvp
-def _quadratic_form_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """2 (K m)' dm: value and gradients by one product, as K is symmetric."""
-    (m, k), (d_m, _) = primals, tangents  # K is a constant
-    return _quadratic_form(m, k), 2.0 * jnp.sum(_weigh(k, m) * d_m, axis=-2)
+@_over_positions.defjvp
+def _over_positions_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """d(m' K m) = 2 (K m)' dm, as K is symmetric: no second product for gradients."""
+    (m, _, p, k), (d_m, d_v, *_) = primals, tangents  # P and K are constants
+    _, weighed = _mean_and_weighed(m, p, k)
+    d_var = _weigh(p, d_v) + jnp.sum(2.0 * weighed * d_m, axis=-2)
+    return _over_positions(*primals), (_weigh(p, d_m), d_var)
 
 
-def _weigh(k: jax.Array, m: jax.Array) -> jax.Array:
-    """Returns K m as a sum, which fuses with what is around it."""
-    return jnp.sum(k[..., None] * m[..., None, :, :], axis=-2)
+def _mean_and_weighed(
+    m: jax.Array, p: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns P . m and K m, by one product for a kernel less on a GPU."""
+    both = _weigh(jnp.stack([p, *k]), m[..., None, :, :])
+    return both[..., 0, :], both[..., 1:, :]
+
+
+def _weigh(weights: jax.Array, taps: jax.Array) -> jax.Array:
+    """Sums ``[..., taps, D]`` up by weights ``[..., taps]``; a `dot` would not fuse with
+    what is around it."""
+    return jnp.sum(weights[..., None] * taps, axis=-2)
 
 
 class _Kinds(NamedTuple):
