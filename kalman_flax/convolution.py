@@ -142,8 +142,8 @@ def _mean_and_weighed(
 
 
 def _weigh(weights: jax.Array, taps: jax.Array) -> jax.Array:
-    """Sums ``[..., taps, D]`` up by weights ``[..., taps]``; a `dot` would not fuse with
-    what is around it."""
+    """Sums ``[..., taps, D]`` up by weights ``[..., taps]``: not a product, which would
+    be a kernel by itself."""
     return jnp.sum(weights[..., None] * taps, axis=-2)
 
 

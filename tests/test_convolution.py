@@ -125,7 +125,7 @@ def test_second_derivatives():
 
 
 def test_variance_is_never_negative():
-    """Of four taps that are outside at the same positions, and cancel but for rounding."""
+    """Of four taps outside at the same positions, which cancel but for rounding."""
     kernel = np.random.default_rng(0).normal(size=(1, 6, 1, 64)).astype(np.float32)
     kernel[0, 0] = -kernel[0, 1:4].sum(axis=0)
     geometry = dict(strides=(1, 4), padding=((0, 0), (4, 0)))
