@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import cifar10_short
 from configs.micro_batch_sizes import INDIVIDUAL, SHARED, ramp
 
-RATES = (0.05, 0.1, 0.2, 0.4)
+RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def get_config() -> ConfigDict:
@@ -42,11 +42,16 @@ def _entries(steps: int) -> list[tuple[str, dict[str, Any]]]:
         (f"{norm}@{size}", {"norm": norm, "micro_batch_size": size} | ramp(norm, steps))
         for norm, size in sizes
     ]
-    falling = {"norm_options": json.dumps({"decay_steps": steps})}
     return entries + [
         (
-            f"kalman_wc falling@{size}",
-            {"norm": "kalman_wc", "micro_batch_size": size} | falling,
+            f"{norm} falling{start}@{size}",
+            {
+                "norm": norm,
+                "micro_batch_size": size,
+                "norm_options": json.dumps({"decay_steps": steps} | gain),
+            },
         )
+        for norm in ("kalman_wc", "kalman_ws")
+        for start, gain in (("", {}), (" from 0.005", {"gain": 0.005}))
         for size in (1, 2)
     ]

@@ -296,7 +296,8 @@ def last_test(workdir: pathlib.Path, step: int) -> dict[str, float]:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the command, hardware and versions, to go beside every number."""
+    """Returns the command, with XLA's flags if there are any, hardware and versions, to
+    go beside every number."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "kalman_flax")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -306,8 +307,10 @@ def provenance() -> dict[str, Any]:
             versions[package] = "source tree"
     module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
     command = ["python", "-m", module.removesuffix(".__main__"), *sys.argv[1:]]
+    xla_flags = os.environ.get("XLA_FLAGS")
     return {
-        "command": shlex.join(command),
+        "command": (f"XLA_FLAGS={shlex.quote(xla_flags)} " if xla_flags else "")
+        + shlex.join(command),
         "hardware": {
             "devices": [device.device_kind for device in jax.local_devices()],
             "machine": platform.machine(),

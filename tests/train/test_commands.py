@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from configs import micro_batch_sizes
 from tests.train.common import tiny_config
-from train import report
+from train import report, workdir
 from train.compare import at_sizes, check_overrides, chosen, parse_norm
 from train.runs import Entry, configure
 from train.settings import check
@@ -48,6 +49,12 @@ def run(module, *arguments, status=0):
     )
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def test_a_command_is_recorded_with_the_flags_of_xla(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b=2")
+    command = shlex.split(workdir.provenance()["command"])
+    assert command[:3] == ["XLA_FLAGS=--xla_a=1 --xla_b=2", "python", "-m"]
 
 
 def test_train_then_evaluate(tmp_path):
