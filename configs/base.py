@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
     # of every network:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
+    # Computes norms and activations again in the backward pass: half the memory.
+    config.remat = False
 
     # Normaliser
     config.norm = "kalman"  # a name in kalman_flax.NORMALIZERS

@@ -43,6 +43,7 @@ from kalman_flax.layers.linear import Conv as Conv
 from kalman_flax.layers.linear import Dense as Dense
 from kalman_flax.layers.linear import centre_kernel as centre_kernel
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel
+from kalman_flax.layers.remat import remat as remat
 from kalman_flax.layers.running import merge_running as merge_running
 from kalman_flax.layers.signal import Signal as Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet as BottleneckResNet

@@ -66,8 +66,9 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     """Nor bytes: its backward pass keeps only the input, and reads it less often. What
     it does cost are kernels, on vectors of the state."""
 
-    def facts(variant):
-        _, step, state, batch = program(variant, blocks_per_stage=1, micro_batch_size=2)
+    def facts(variant, **keys):
+        keys |= dict(blocks_per_stage=1, micro_batch_size=2)
+        _, step, state, batch = program(variant, **keys)
         compiled = step.lower(state, batch).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes
         return memory, bytes_moved(compiled), count_fusions(compiled.as_text())
@@ -76,6 +77,9 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     assert memory < 0.85 * flax[0]
     assert moved < 0.95 * flax[1]
     assert kernels < 1.6 * flax[2]  # 24 a normaliser
+    again, moved_again, _ = facts("kalman", remat=True)
+    assert again < 0.7 * memory
+    assert moved_again < 1.05 * moved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

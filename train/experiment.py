@@ -145,6 +145,7 @@ def make_network(config: Any, dataset: Dataset) -> nn.Module:
     return NETWORKS[config.network](
         num_classes=dataset.num_classes,
         dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
         **size,
         **make_normalization(config)._asdict(),
     )

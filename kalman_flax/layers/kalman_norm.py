@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kalman_flax.layers.normalizer import Affine, RunningNormalizer
+from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 from kalman_flax.platform import hold
 from kalman_flax.state import KalmanState, check_choice
@@ -197,6 +198,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             # Keeps XLA:CPU from computing these small vectors, and those of all layers
             # below that they follow from, again at every pixel.
             state = hold(state)
+        state = keep(state)
         self._report("filtered", state)
         self._move_running(running, state)
         self._count_step()

@@ -84,9 +84,10 @@ class BottleneckResNet(Network):
     def _features(self, x: Signal, layers: Layers) -> Signal:
         x = layers.conv_norm_activation(x, self.width, 7, strides=2, name="stem")
         x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        bottleneck = self._block(Bottleneck)
         for stage, blocks in enumerate(self.stage_sizes, start=1):
             for block in range(1, blocks + 1):
-                x = Bottleneck(
+                x = bottleneck(
                     self.width * 2 ** (stage - 1),
                     layers,
                     strides=2 if stage > 1 and block == 1 else 1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 
@@ -66,21 +66,20 @@ def _v2(
     double: tuple[int, int],
     pool: Callable[..., Signal],
     projection: int,
-) -> Callable[..., Inception]:
-    """A row of Figure 5: #1x1, (#3x3 reduce, #3x3), (double #3x3 reduce, double #3x3),
-    and the pooling with its projection; without one the module has stride 2."""
+) -> dict[str, Any]:
+    """The module of a row of Figure 5: #1x1, (#3x3 reduce, #3x3), (double #3x3 reduce,
+    double #3x3), and the pooling with its projection; without one it has stride 2."""
     branches = (
         ((1, one),),
         ((1, three[0]), (3, three[1])),
         ((1, double[0]), (3, double[1]), (3, double[1])),
     )
-    return functools.partial(
-        Inception,
-        branches if one else branches[1:],
-        pool,
-        projection,
-        strides=1 if projection else 2,
-    )
+    return {
+        "branches": branches if one else branches[1:],
+        "pool": pool,
+        "projection": projection,
+        "strides": 1 if projection else 2,
+    }
 
 
 _V2 = {
@@ -122,8 +121,9 @@ class InceptionV2(Network):
         x = layers.conv_norm_activation(x, 64, 1, name="conv2_reduce")
         x = layers.conv_norm_activation(x, 192, 3, name="conv2")
         x = max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        for name, module in _V2.items():
-            x = module(layers=layers, name=f"inception_{name}")(x)
+        inception = self._block(Inception)
+        for name, row in _V2.items():
+            x = inception(**row, layers=layers, name=f"inception_{name}")(x)
         return x
 
 
@@ -155,7 +155,8 @@ class SmallInception(Network):
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
         x = layers.conv_norm_activation(x, 32, 3, strides=2, name="stem")
+        inception = self._block(Inception)
         for index, (branches, projection) in enumerate(_SMALL, start=1):
             name = f"inception{index}"
-            x = Inception(branches, max_pool, projection, layers, name=name)(x)
+            x = inception(branches, max_pool, projection, layers, name=name)(x)
         return x

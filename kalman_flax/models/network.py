@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kalman_flax.layers.functions import global_avg_pool, relu
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.linear import Conv, Dense
+from kalman_flax.layers.remat import remat
 from kalman_flax.layers.signal import Signal
 from kalman_flax.state import KalmanState
 
@@ -73,6 +74,8 @@ class Network(nn.Module, kw_only=True):
         activation: what follows each norm; the identity for a norm with a nonlinearity
             of its own.
         dtype: of the computation; parameters, statistics and logits stay float32.
+        remat: compute norms and activations again in the backward pass, block by block,
+            in place of keeping them; see `kalman_flax.remat`.
     """
 
     norm: Callable[..., nn.Module] = KalmanNorm
@@ -80,6 +83,7 @@ class Network(nn.Module, kw_only=True):
     input_state: KalmanState | None = KalmanState(0.0, 1.0)
     activation: Callable[[Signal], Signal] = relu
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -102,6 +106,10 @@ class Network(nn.Module, kw_only=True):
         x = self._features(images, Layers(norm, conv, self.activation))
         head = Dense(self.num_classes, name="head")
         return head(global_avg_pool(x)).value.astype(jnp.float32)
+
+    def _block(self, block: type[nn.Module]) -> type[nn.Module]:
+        """The class to make a network's blocks of."""
+        return remat(block) if self.remat else block
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
         """Maps the images to the last maps, ``[N, H, W, C]``."""

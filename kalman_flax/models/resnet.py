@@ -78,7 +78,7 @@ class ResNet(Network):
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
         norm, conv, activation = layers
-        block = functools.partial(Block, **layers._asdict())
+        block = functools.partial(self._block(Block), **layers._asdict())
         x = conv(self.width, (3, 3), name="stem")(x)
         x = activation(norm(name="stem_norm")(x))
         for stage in range(3):

@@ -1,6 +1,7 @@
 """The networks by name: their sizes, their states, and every normaliser in them."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -291,6 +292,20 @@ def test_every_normalizer(name, norm):
     seen = outputs({"intermediates": written})
     last = seen["stage2_block2" if name == "resnet" else "inception3"]
     assert last.value.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_remat_is_of_every_block(name):
+    net = build(TINY[name], "kalman")
+    again = net.clone(remat=True)
+    (_, expected), (_, actual) = shapes(net), shapes(again)
+    chex.assert_trees_all_equal_shapes(actual, expected)
+
+    def blocks(net):
+        jaxpr = jax.make_jaxpr(lambda v: net.apply(v, IMAGES, True))(actual)
+        return len(re.findall(r"\b(remat2|checkpoint)\[", str(jaxpr)))
+
+    assert (blocks(net), blocks(again)) == (0, 3)
 
 
 def test_group_kalman_norm_keeps_examples_apart():

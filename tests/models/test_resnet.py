@@ -120,6 +120,14 @@ def test_half_precision_computes_but_keeps_float32(name):
         chex.assert_type(jax.tree.leaves(seen.state), jnp.float32)
 
 
+@pytest.mark.parametrize("name", ["kalman", "kalman_mc", "moving_average"])
+def test_remat_takes_the_same_step(name):
+    net = tiny(name)
+    variables = net.init(KEY, IMAGES, False)
+    expected, actual = (step(n, variables) for n in (net, net.clone(remat=True)))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_images_may_bring_their_own_state():
     net = tiny("kalman")
     variables = net.init(KEY, IMAGES, False)
