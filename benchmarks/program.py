@@ -24,6 +24,10 @@ VARIANTS = {
     "kalman_wc": {"norm": "kalman_wc"},
     "kalman_mc": {"norm": "kalman_mc"},
 }
+#: the same with norms and activations computed again in the backward pass
+VARIANTS |= {
+    f"{name}_remat": VARIANTS[name] | {"remat": True} for name in (BASELINE, "kalman")
+}
 
 
 def configure(variant: str, **keys: Any) -> ConfigDict:

@@ -78,7 +78,7 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     assert moved < 0.95 * flax[1]
     assert kernels < 1.6 * flax[2]  # 24 a normaliser
     again, moved_again, _ = facts("kalman", remat=True)
-    assert again < 0.7 * memory
+    assert again < 0.85 * memory  # 0.6 in ResNet-20, which is deeper
     assert moved_again < 1.05 * moved
 
 

@@ -23,6 +23,7 @@ def find_bad_number(
     """Says in words which layer is the first to give a NaN or an infinity in the update
     of `state` by `batch`: forward, else backward, else in the update itself."""
     layers: list[str] = []
+    network = experiment.network.clone(remat=False)  # traces a layer twice
 
     def on_device(state: TrainState, batch: Split, draws: Draws) -> tuple[Any, Any]:
         layers.clear()
@@ -30,7 +31,7 @@ def find_bad_number(
         with nn.intercept_methods(_watch(layers)):
             grads, (_, written) = jax.grad(loss_of, has_aux=True)(
                 learned,
-                experiment.network,
+                network,
                 experiment.standardize,
                 config,
                 state,

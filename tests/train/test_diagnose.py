@@ -12,7 +12,7 @@ from train import loop
 from train.diagnose import find_bad_number
 from train.experiment import build
 
-CONFIG = tiny_config(norm="kalman", debug_nans=True)
+CONFIG = tiny_config(norm="kalman", debug_nans=True, remat=True)
 
 
 def flat(x):
