@@ -12,17 +12,21 @@ _KEPT = "kept"
 
 
 def keep(tree: Any) -> Any:
-    """Marks what `remat` keeps, as it is dear to compute and, or, small."""
+    """Marks what `remat` keeps: dear to compute, or small."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _KEPT), tree)
 
 
-def remat(block: type[nn.Module]) -> type[nn.Module]:
+def remat(block: type[nn.Module], **options: Any) -> type[nn.Module]:
     """`nn.remat` that keeps what convolutions give and the filtered moments.
 
     What lies between two convolutions, normalised and activated, is half of what
     training holds; it is computed again in the backward pass of its block, and only
-    what enters the block is kept besides. Gradients are the same. Call it on a class of
-    modules whose `__call__` takes arrays and Signals alone.
+    what enters the block is kept besides. Gradients are the same.
+
+    Args:
+        block: a class of modules.
+        options: of `nn.remat`, e.g. ``static_argnums=(2,)`` where `__call__` takes a
+            flag after the Signal.
     """
     policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
-    return nn.remat(block, policy=policy)
+    return nn.remat(block, policy=policy, **options)
