@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
     # of every network:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
-    # Computes norms and activations again in the backward pass: half the memory.
+    # Holds less: norms and activations are computed again in the backward pass.
     config.remat = False
 
     # Normaliser
