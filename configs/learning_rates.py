@@ -3,8 +3,8 @@
     python -m train.compare --config=configs/learning_rates.py --seeds=3 \\
         --workdir=runs/rates --data_dir=DIR
 
-A comparison at one rate for all favours those whose rate it is. "falling" are gains that
-fall to 0 over the run, from their default or from 0.005. Ramps and falling gains
+A comparison at one rate for all favours those whose rate it is. "falling" are gains
+that fall to 0 over the run, from their default or from 0.005. Ramps and falling gains
 are cut to the protocol's 800 updates: change its length here, not by a flag. With
 ``--config.warmup_epochs=1`` the rate rises to it over the first epoch, and with
 ``--config.clip_norm=1.0`` gradients are clipped, which KN needs at high rates;

@@ -12,7 +12,6 @@ import numpy as np
 from flax.linen.linear import canonicalize_padding
 
 from kalman_flax.convolution import PADDINGS, Padding, convolve, predict_conv
-from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, through
 from kalman_flax.predict import predict_dense
 from kalman_flax.sampling import sample_conv, sample_dense
@@ -115,7 +114,7 @@ class Conv(nn.Module):
             value, w, b = nn.dtypes.promote_dtype(value, kernel, bias, dtype=self.dtype)
             batch = value.shape[:-3]
             value = value.reshape(-1, *value.shape[-3:])
-            value = keep(convolve(value, w, **geometry, precision=self.precision))
+            value = convolve(value, w, **geometry, precision=self.precision)
             value = value.reshape(*batch, *value.shape[1:])
             return value if b is None else value + b
 

@@ -6,18 +6,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 _KEPT = "kept"
 
 
 def keep(tree: Any) -> Any:
-    """Marks what `remat` keeps: dear to compute, or small."""
+    """Marks what `remat` keeps besides convolutions."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _KEPT), tree)
 
 
 def remat(block: type[nn.Module], **options: Any) -> type[nn.Module]:
-    """`nn.remat` that keeps what convolutions give and the filtered moments.
+    """`nn.remat` that keeps what convolutions give, and the filtered moments.
 
     What lies between two convolutions, normalised and activated, is half of what
     training holds; it is computed again in the backward pass of its block, and only
@@ -28,5 +29,9 @@ def remat(block: type[nn.Module], **options: Any) -> type[nn.Module]:
         options: of `nn.remat`, e.g. ``static_argnums=(2,)`` where `__call__` takes a
             flag after the Signal.
     """
-    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+        lambda primitive, *_, **__: primitive is lax.conv_general_dilated_p,
+        policies.save_only_these_names(_KEPT),
+    )
     return nn.remat(block, policy=policy, **options)
