@@ -79,7 +79,7 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
     assert kernels < 1.6 * flax[2]  # 24 a normaliser
     again, moved_again, _ = facts("kalman", remat=True)
     assert again < 0.85 * memory  # 0.6 in ResNet-20, which is deeper
-    assert moved_again < 1.05 * moved
+    assert moved_again < 1.1 * moved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
