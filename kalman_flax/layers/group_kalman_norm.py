@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax.layers.kalman_norm import FilterParameters, Parameters
+from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 from kalman_flax.observe import observe
 from kalman_flax.platform import hold
@@ -114,7 +115,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             predicted = parameters.predict_noise(predicted)
             # Held for the reason that is told in `KalmanNorm`.
             state = hold(update(predicted, state, parameters.gain))
-        return x.replace(state=state)
+        return x.replace(state=keep(state))
 
     def normalize(self, x: Signal) -> Signal:
         """The second step: normalises what `filter` returned by its groups."""

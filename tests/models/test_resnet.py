@@ -120,7 +120,7 @@ def test_half_precision_computes_but_keeps_float32(name):
         chex.assert_type(jax.tree.leaves(seen.state), jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["kalman", "kalman_mc", "moving_average"])
+@pytest.mark.parametrize("name", ["group_kalman", "kalman_mc", "moving_average"])
 def test_remat_takes_the_same_step(name):
     net = tiny(name)
     variables = net.init(KEY, IMAGES, False)
