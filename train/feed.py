@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,8 +92,20 @@ def read_ahead(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain has some, and hands them on
             flags.FLAGS.mark_as_parsed()
-        pieces = pieces.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
+        pieces = pieces.mp_prefetch(
+            grain.MultiprocessingOptions(workers, 2), worker_init_fn=_end_with_trainer
+        )
     return iter(pieces.batch(parts, batch_fn=_join))
+
+
+def _end_with_trainer(*_: int) -> None:
+    """Has this worker end when its trainer is killed, which cannot end it then."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _join(pieces: Iterable[Split]) -> Split:

@@ -308,9 +308,9 @@ def provenance() -> dict[str, Any]:
     module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
     command = ["python", "-m", module.removesuffix(".__main__"), *sys.argv[1:]]
     xla_flags = os.environ.get("XLA_FLAGS")
+    prefix = f"XLA_FLAGS={shlex.quote(xla_flags)} " if xla_flags else ""
     return {
-        "command": (f"XLA_FLAGS={shlex.quote(xla_flags)} " if xla_flags else "")
-        + shlex.join(command),
+        "command": prefix + shlex.join(command),
         "hardware": {
             "devices": [device.device_kind for device in jax.local_devices()],
             "machine": platform.machine(),

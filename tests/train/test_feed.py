@@ -1,5 +1,7 @@
 """Reading ahead: the same batches by threads, processes, devices and after a stop."""
 
+import subprocess
+import sys
 import time
 
 import jax
@@ -58,6 +60,30 @@ def test_processes_that_decode_change_nothing(split, straight):
     config.data_workers = 2
     batch = make_batch(config, make_mesh(2), split)
     assert_same(jax.device_get([batch(step) for step in (2, 3, 4)]), straight[2:5])
+
+
+#: a trainer that has a worker read, and then stands still
+TRAINER = """
+import sys
+import numpy as np
+from train.data import Split
+from train.feed import read_ahead
+
+read = lambda step, rows: Split(rows, rows)
+batches = read_ahead(read, np.arange(1), step=0, workers=1)
+next(batches)
+print("read", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_that_decode_end_with_a_trainer_that_is_killed():
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", TRAINER]
+    trainer = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert trainer.stdout.readline() == "read\n"
+    trainer.kill()
+    trainer.communicate(timeout=30)  # until the last that could write there has ended
 
 
 def test_a_process_reads_its_own_rows_alone(split, straight):
