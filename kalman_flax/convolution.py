@@ -82,8 +82,8 @@ def predict_conv(
     mean, var = for_channels(state, channels * groups)
     if isinstance(padding, str):
         check_choice("padding", padding, PADDINGS)
-        taps = zip((height, width), kernel_dilation)
-        spans = [(size - 1) * dilation + 1 for size, dilation in taps]
+        axes = zip((height, width), kernel_dilation)
+        spans = [(size - 1) * dilation + 1 for size, dilation in axes]
         padding = lax.padtype_to_pads(input_size, spans, strides, padding)
     rows, cols = (
         _kinds_of_position(*axis)
@@ -96,15 +96,22 @@ def predict_conv(
     p = share @ inside
     k = (inside - p).T @ (share[:, None] * (inside - p))
 
+    taps = height * width
+    kernel = kernel.reshape(taps, channels, groups, features // groups).swapaxes(1, 2)
+
     def by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns stat . kernel of each tap, ``[..., taps, D]``."""
-        out = jnp.einsum(
-            "...gc,tcgo->...tgo",
-            stat.reshape(*stat.shape[:-1], groups, channels),
-            kernel.reshape(height * width, channels, groups, features // groups),
+        states = stat.reshape(-1, groups, channels).swapaxes(0, 1)
+        # A product for each tap and group, with the kernel on the right: of all taps in
+        # one XLA:CPU would keep a transposed copy of the kernel.
+        out = jnp.matmul(
+            jnp.tile(states, (taps, 1, 1)),
+            kernel.reshape(taps * groups, channels, features // groups),
             precision=lax.Precision.HIGHEST,
         )
-        return out.reshape(*out.shape[:-2], features)
+        out = out.reshape(taps, groups, -1, features // groups)
+        out = jnp.moveaxis(out, 2, 0)
+        return out.reshape(*stat.shape[:-1], taps, features)
 
     means, variances = by_tap(mean, kernel), by_tap(var, jnp.square(kernel))
     if np.any(k):
