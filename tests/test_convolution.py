@@ -84,16 +84,35 @@ def test_convolve_against_loops():
     chex.assert_trees_all_close(convolve(x, kernel), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_leading_axes_are_independent_states():
-    *_, kernel, bias = draw()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_leading_axes_are_independent_states(groups):
+    *_, kernel, bias = draw(groups=groups)
+    geometry = {"feature_group_count": groups}
     rng = np.random.default_rng(1)
     mean = rng.normal(size=(2, 3, CHANNELS))
     var = rng.uniform(0.2, 2, (2, 3, CHANNELS))
-    state = kf.predict_conv(kf.KalmanState(mean, var), kernel, (5, 6), bias=bias)
+    state = kf.KalmanState(mean, var)
+    state = kf.predict_conv(state, kernel, (5, 6), bias=bias, **geometry)
     chex.assert_shape([*state], (2, 3, FEATURES))
     for i in np.ndindex(2, 3):
-        expected = reference.conv(mean[i], var[i], kernel, (5, 6), bias=bias)
+        expected = reference.conv(
+            mean[i], var[i], kernel, (5, 6), bias=bias, **geometry
+        )
         chex.assert_trees_all_close((state.mean[i], state.var[i]), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 64, 32), (1, 1, 256, 64), (1, 1, 64, 256)])
+def test_of_the_kernel_only_the_square_is_kept(shape):
+    """Not a transposed copy, beside it, as XLA:CPU would by other products."""
+
+    def score(kernel, mean, var):
+        mean, var = kf.predict_conv(kf.KalmanState(mean, var), kernel, (8, 8))
+        return jnp.sum(jnp.square(mean) + jnp.square(var))
+
+    kernel, state = jnp.ones(shape), jnp.ones(shape[2])
+    gradients = jax.jit(jax.grad(score, argnums=(0, 1, 2)))
+    compiled = gradients.lower(kernel, state, state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * kernel.nbytes
 
 
 def test_floats_stand_for_every_channel():

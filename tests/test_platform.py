@@ -64,6 +64,20 @@ def test_a_constant_has_no_variance(elsewhere):
     assert jnp.all(kf.observe(x, guess=jnp.full(7, 1e3)).var >= 0.0)
 
 
+def test_a_prediction_through_groups(elsewhere):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0.2, 0.5, (3, 2, 2, 6)).astype(np.float32)
+    mean, var = rng.normal(size=(5, 4)), rng.uniform(0.2, 2, (5, 4))
+    state = kf.predict_conv(
+        kf.KalmanState(mean, var), kernel, (5, 6), feature_group_count=2
+    )
+    for i in range(5):
+        expected = reference.conv(
+            mean[i], var[i], kernel, (5, 6), feature_group_count=2
+        )
+        chex.assert_trees_all_close((state.mean[i], state.var[i]), expected, rtol=1e-4)
+
+
 def updates():
     """A gradient of a small network, and the statistics that it wrote."""
     network = kf.NETWORKS["cifar_resnet"](
