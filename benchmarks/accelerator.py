@@ -30,11 +30,11 @@ from ml_collections import ConfigDict
 from benchmarks.hlo import bytes_moved, bytes_of_kernels, count_fusions
 from benchmarks.program import BASELINE, VARIANTS, configure
 from train import cli
-from train import workdir as wd
-from train.experiment import make_optimizer
-from train.mesh import SAME, SPLIT, make_mesh
-from train.speed import prepare
-from train.step import make_update
+from train.analysis.speed import prepare
+from train.engine import workdir as wd
+from train.engine.experiment import make_optimizer
+from train.engine.mesh import SAME, SPLIT, make_mesh
+from train.engine.step import make_update
 
 TARGETS = ("tpu", "gpu")
 _TARGET = flags.DEFINE_enum("target", "tpu", TARGETS, "What to compile for.")

@@ -20,10 +20,10 @@ from absl import flags
 from PIL import Image
 
 from train import cli
-from train import workdir as wd
-from train.data import Split
-from train.encoded import Encoded
-from train.feed import read_ahead
+from train.data.batches import Split
+from train.data.encoded import Encoded
+from train.engine import workdir as wd
+from train.engine.feed import read_ahead
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for data.json.")
 _IMAGES = flags.DEFINE_integer("images", 1000, "Decoded for a number.", lower_bound=32)

@@ -23,12 +23,11 @@ from absl import flags
 
 from benchmarks.hlo import bytes_moved, count_fusions
 from benchmarks.program import BASELINE, VARIANTS, configure
-from kalman_flax import KalmanState, Signal
+from kalman_flax import KalmanState, Signal, compiler_options
 from train import cli
-from train import workdir as wd
-from train.settings import make_normalization
-from train.speed import measure, ratio
-from train.step import compiler_options
+from train.analysis.speed import measure, ratio
+from train.engine import workdir as wd
+from train.engine.settings import make_normalization
 
 _VARIANTS = flags.DEFINE_list(
     "variants",

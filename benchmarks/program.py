@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from configs import cifar10_short
-from train.score import infer
-from train.settings import check
-from train.step import TrainState
+from configs.experiments import cifar10_short
+from train.engine.score import infer
+from train.engine.settings import check
+from train.engine.step import TrainState
 
 BASELINE = "flax"
 VARIANTS = {

@@ -19,10 +19,10 @@ import jax
 from absl import flags
 
 from benchmarks.hlo import collectives
-from configs import digits
+from configs.experiments import digits
 from train import cli
-from train import workdir as wd
-from train.experiment import Experiment, build
+from train.engine import workdir as wd
+from train.engine.experiment import Experiment, build
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for scaling.json.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timings of each.", lower_bound=1)

@@ -30,8 +30,8 @@ from benchmarks import torch_step
 from benchmarks.hlo import bytes_moved, count_fusions
 from benchmarks.program import BASELINE, VARIANTS, compile_inference, configure
 from train import cli
-from train import workdir as wd
-from train.speed import Stepper, measure, prepare, ratio
+from train.analysis.speed import Stepper, measure, prepare, ratio
+from train.engine import workdir as wd
 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
 _NETWORKS = flags.DEFINE_list("networks", "cifar_resnet", "Of kalman_flax.NETWORKS.")

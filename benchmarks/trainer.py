@@ -1,7 +1,7 @@
 """How much of the bare training step's throughput the whole trainer reaches.
 
-    python -m benchmarks.trainer --config=configs/cifar10_tiny.py --data_dir=DIR \\
-        --workdir=runs/trainer
+    python -m benchmarks.trainer --config=configs/experiments/cifar10_tiny.py \\
+        --data_dir=DIR --workdir=runs/trainer
 
 Trains as `python -m train` does, with its reading, logging and checkpoints, several
 times over; and before and after each time the same step on one batch that is already
@@ -17,10 +17,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from train import cli
-from train import workdir as wd
-from train.experiment import build
-from train.loop import train
-from train.speed import Stepper, between_lines, measure, quartiles, ratio
+from train.analysis.speed import Stepper, between_lines, measure, quartiles, ratio
+from train.engine import workdir as wd
+from train.engine.experiment import build
+from train.engine.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often to train.", lower_bound=1)

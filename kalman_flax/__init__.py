@@ -1,33 +1,26 @@
-"""Kalman Normalization for JAX and Flax."""
+"""Kalman Normalization for JAX and Flax.
 
-from kalman_flax.baselines.batch_renorm import BatchRenorm as BatchRenorm
-from kalman_flax.baselines.cross_iteration import (
-    CrossIterationBatchNorm as CrossIterationBatchNorm,
-)
-from kalman_flax.baselines.cross_iteration import (
-    CrossIterationConv as CrossIterationConv,
-)
-from kalman_flax.baselines.evonorm import EvoNormB0 as EvoNormB0
-from kalman_flax.baselines.evonorm import EvoNormS0 as EvoNormS0
-from kalman_flax.baselines.example_weighing import weigh_example as weigh_example
-from kalman_flax.baselines.filter_response_norm import (
-    FilterResponseNorm as FilterResponseNorm,
-)
-from kalman_flax.baselines.flax_norms import BatchNorm as BatchNorm
-from kalman_flax.baselines.flax_norms import FrozenBatchNorm as FrozenBatchNorm
-from kalman_flax.baselines.flax_norms import GroupNorm as GroupNorm
-from kalman_flax.baselines.flax_norms import InstanceNorm as InstanceNorm
-from kalman_flax.baselines.flax_norms import LayerNorm as LayerNorm
-from kalman_flax.baselines.moving_average_norm import (
-    MovingAverageBatchNorm as MovingAverageBatchNorm,
-)
-from kalman_flax.baselines.online_norm import OnlineNorm as OnlineNorm
-from kalman_flax.baselines.precise import precise_statistics as precise_statistics
-from kalman_flax.baselines.weight_norm import Bias as Bias
-from kalman_flax.baselines.weight_norm import weight_norm_conv as weight_norm_conv
-from kalman_flax.checkpoint import export_batch_norm as export_batch_norm
-from kalman_flax.checkpoint import load_batch_norm as load_batch_norm
-from kalman_flax.convolution import predict_conv as predict_conv
+The names below are what networks are built of. The rest has a room of its own:
+
+    kf.filter     pure functions over `KalmanState`: observe, predict_*, update, ...
+    kf.baselines  the normalisers that ours are compared with
+    kf.models     the networks
+    kf.inference  other statistics to infer by, checkpoints in and out
+"""
+
+import importlib
+import warnings
+from typing import Any
+
+from kalman_flax import baselines as baselines
+from kalman_flax import filter as filter
+from kalman_flax import inference as inference
+from kalman_flax import models as models
+from kalman_flax._filter.state import KalmanState as KalmanState
+from kalman_flax._kernels import compiler_options as compiler_options
+from kalman_flax.inference.checkpoint import export_batch_norm as export_batch_norm
+from kalman_flax.inference.checkpoint import load_batch_norm as load_batch_norm
+from kalman_flax.inference.running import merge_running as merge_running
 from kalman_flax.layers.functions import activation as activation
 from kalman_flax.layers.functions import avg_pool as avg_pool
 from kalman_flax.layers.functions import concatenate as concatenate
@@ -44,32 +37,66 @@ from kalman_flax.layers.linear import Dense as Dense
 from kalman_flax.layers.linear import centre_kernel as centre_kernel
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel
 from kalman_flax.layers.remat import remat as remat
-from kalman_flax.layers.running import merge_running as merge_running
 from kalman_flax.layers.signal import Signal as Signal
-from kalman_flax.models.bottleneck_resnet import BottleneckResNet as BottleneckResNet
-from kalman_flax.models.inception import InceptionV2 as InceptionV2
-from kalman_flax.models.inception import SmallInception as SmallInception
-from kalman_flax.models.network import Network as Network
-from kalman_flax.models.registry import NETWORKS as NETWORKS
-from kalman_flax.models.resnet import ResNet as ResNet
-from kalman_flax.observe import observe as observe
-from kalman_flax.predict import predict_affine as predict_affine
-from kalman_flax.predict import predict_avg_pool as predict_avg_pool
-from kalman_flax.predict import predict_concatenate as predict_concatenate
-from kalman_flax.predict import predict_dense as predict_dense
-from kalman_flax.predict import predict_group as predict_group
-from kalman_flax.predict import predict_pad_channels as predict_pad_channels
-from kalman_flax.predict import predict_pointwise as predict_pointwise
-from kalman_flax.predict import predict_relu as predict_relu
-from kalman_flax.predict import predict_sum as predict_sum
-from kalman_flax.registry import KERNEL_MAPS as KERNEL_MAPS
+from kalman_flax.registry import NETWORKS as NETWORKS
 from kalman_flax.registry import NORMALIZERS as NORMALIZERS
 from kalman_flax.registry import Normalization as Normalization
 from kalman_flax.registry import normalization as normalization
-from kalman_flax.sampling import sample_conv as sample_conv
-from kalman_flax.sampling import sample_dense as sample_dense
-from kalman_flax.state import KalmanState as KalmanState
-from kalman_flax.update import normalize as normalize
-from kalman_flax.update import normalized_state as normalized_state
-from kalman_flax.update import reject_outlier as reject_outlier
-from kalman_flax.update import update as update
+
+__version__ = "0.2.0"
+
+#: names that stood here until version 0.1, and the namespaces they are in now
+_MOVED = {
+    "BatchNorm": "baselines",
+    "BatchRenorm": "baselines",
+    "Bias": "baselines",
+    "BottleneckResNet": "models",
+    "CrossIterationBatchNorm": "baselines",
+    "CrossIterationConv": "baselines",
+    "EvoNormB0": "baselines",
+    "EvoNormS0": "baselines",
+    "FilterResponseNorm": "baselines",
+    "FrozenBatchNorm": "baselines",
+    "GroupNorm": "baselines",
+    "InceptionV2": "models",
+    "InstanceNorm": "baselines",
+    "KERNEL_MAPS": "registry",
+    "LayerNorm": "baselines",
+    "MovingAverageBatchNorm": "baselines",
+    "Network": "models",
+    "OnlineNorm": "baselines",
+    "ResNet": "models",
+    "SmallInception": "models",
+    "normalize": "filter",
+    "normalized_state": "filter",
+    "observe": "filter",
+    "precise_statistics": "inference",
+    "predict_affine": "filter",
+    "predict_avg_pool": "filter",
+    "predict_concatenate": "filter",
+    "predict_conv": "filter",
+    "predict_dense": "filter",
+    "predict_group": "filter",
+    "predict_pad_channels": "filter",
+    "predict_pointwise": "filter",
+    "predict_relu": "filter",
+    "predict_sum": "filter",
+    "reject_outlier": "filter",
+    "sample_conv": "filter",
+    "sample_dense": "filter",
+    "update": "filter",
+    "weigh_example": "inference",
+    "weight_norm_conv": "baselines",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module 'kalman_flax' has no attribute {name!r}")
+    place = f"kalman_flax.{_MOVED[name]}"
+    warnings.warn(
+        f"kalman_flax.{name} is {place}.{name} now; the old name will go in 0.3.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(importlib.import_module(place), name)

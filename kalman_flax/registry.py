@@ -1,4 +1,4 @@
-"""Normalisers by name: what `configs` and commands call them."""
+"""Normalisers and networks by name: what `configs` and commands call them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from kalman_flax._filter.state import KalmanState
 from kalman_flax.baselines.batch_renorm import BatchRenorm
 from kalman_flax.baselines.cross_iteration import (
     CrossIterationBatchNorm,
@@ -39,7 +40,10 @@ from kalman_flax.layers.linear import (
     standardize_kernel,
 )
 from kalman_flax.layers.signal import Signal
-from kalman_flax.state import KalmanState
+from kalman_flax.models.bottleneck_resnet import BottleneckResNet
+from kalman_flax.models.inception import InceptionV2, SmallInception
+from kalman_flax.models.network import Network
+from kalman_flax.models.resnet import ResNet
 
 
 class Normalization(NamedTuple):
@@ -92,6 +96,20 @@ NORMALIZERS: dict[str, Normalization] = {
     # The released code starts with no state: its first normaliser only observes.
     "kalman_released": Normalization(ReleasedKalmanNorm, input_state=None),
     "group_kalman": Normalization(functools.partial(GroupKalmanNorm, num_groups=4)),
+}
+
+#: Call with ``num_classes``, and what `normalization` returns:
+#: ``NETWORKS["resnet50"](num_classes=1000, **normalization("kalman")._asdict())``.
+NETWORKS: dict[str, Callable[..., Network]] = {
+    # For small images
+    "cifar_resnet": ResNet,
+    "resnet32": functools.partial(ResNet, blocks_per_stage=5),
+    "resnet110": functools.partial(ResNet, blocks_per_stage=18),
+    "small_inception": SmallInception,
+    # For 224x224 images
+    "resnet50": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet101": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 23, 3)),
+    "inception_v2": InceptionV2,
 }
 
 #: Ends of names, and the kernels that they stand for.

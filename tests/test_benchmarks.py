@@ -11,7 +11,7 @@ from benchmarks.hlo import (
     operations,
 )
 from benchmarks.program import compile_inference, configure
-from train.speed import between_lines, prepare
+from train.analysis.speed import between_lines, prepare
 
 HLO = """
 %fused (a: f32[]) -> f32[] {

@@ -1,6 +1,6 @@
 """The README's code, run as printed, in order.
 
-What loads an exported network is run in `tests/train/test_export.py`.
+What loads an exported network is run in `tests/train/commands/test_export.py`.
 """
 
 import pathlib
@@ -27,5 +27,5 @@ def test_code_blocks_run_and_keep_their_promises():
     chex.assert_trees_all_close(names["served"], logits, rtol=1e-4, atol=1e-5)
     chex.assert_shape(names["logits"], (64, 2, 10))
     chex.assert_trees_all_equal_shapes(names["batch_stats"], variables["batch_stats"])
-    output = kf.observe(names["y"])
+    output = kf.filter.observe(names["y"])
     assert jnp.abs(output.mean).max() < 1 and jnp.abs(output.var - 1).max() < 1

@@ -7,24 +7,24 @@ import kalman_flax as kf
 from kalman_flax import KalmanNorm, KalmanState
 
 CLASSES = {
-    "batch": kf.BatchNorm,
-    "batch_renorm": kf.BatchRenorm,
-    "cross_iteration": kf.CrossIterationBatchNorm,
-    "evonorm_b0": kf.EvoNormB0,
-    "evonorm_s0": kf.EvoNormS0,
-    "filter_response": kf.FilterResponseNorm,
-    "frozen_batch": kf.FrozenBatchNorm,
-    "group": kf.GroupNorm,
+    "batch": kf.baselines.BatchNorm,
+    "batch_renorm": kf.baselines.BatchRenorm,
+    "cross_iteration": kf.baselines.CrossIterationBatchNorm,
+    "evonorm_b0": kf.baselines.EvoNormB0,
+    "evonorm_s0": kf.baselines.EvoNormS0,
+    "filter_response": kf.baselines.FilterResponseNorm,
+    "frozen_batch": kf.baselines.FrozenBatchNorm,
+    "group": kf.baselines.GroupNorm,
     "group_kalman": kf.GroupKalmanNorm,
-    "instance": kf.InstanceNorm,
+    "instance": kf.baselines.InstanceNorm,
     "kalman": KalmanNorm,
     "kalman_mc": KalmanNorm,
     "kalman_paper": KalmanNorm,
     "kalman_released": KalmanNorm,
-    "layer": kf.LayerNorm,
-    "moving_average": kf.MovingAverageBatchNorm,
-    "online": kf.OnlineNorm,
-    "weight": kf.Bias,
+    "layer": kf.baselines.LayerNorm,
+    "moving_average": kf.baselines.MovingAverageBatchNorm,
+    "online": kf.baselines.OnlineNorm,
+    "weight": kf.baselines.Bias,
 }
 NO_MOMENTUM = {
     "evonorm_s0",
@@ -52,7 +52,7 @@ def made(entry):
     return entry.norm(use_running_average=True, dtype=jnp.float32, name="norm")
 
 
-@pytest.mark.parametrize("suffix", ["", *kf.KERNEL_MAPS])
+@pytest.mark.parametrize("suffix", ["", *kf.registry.KERNEL_MAPS])
 @pytest.mark.parametrize("name", CLASSES)
 def test_names(name, suffix):
     entry = kf.normalization(name + suffix, momentum=0.7, axis_name="d")

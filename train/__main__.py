@@ -1,6 +1,6 @@
 """Trains one network; run it again to go on after an interruption.
 
-    python -m train --config=configs/digits.py --workdir=runs/digits
+    python -m train --config=configs/experiments/digits.py --workdir=runs/digits
 
 Any key of the config can be set: --config.micro_batch_size=4 --config.norm=batch.
 The keys are explained in configs/base.py.
@@ -9,9 +9,10 @@ The keys are explained in configs/base.py.
 from absl import flags
 from ml_collections import config_flags
 
-from train import cli, processes
-from train.loop import train
-from train.report import describe
+from train import cli
+from train.engine import processes
+from train.engine.loop import train
+from train.studies.report import describe
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from train import processes
+from train.engine import processes
 
 DATA_DIR = flags.DEFINE_string(
     "data_dir",

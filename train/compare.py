@@ -1,12 +1,13 @@
 """Trains normalisers, or the variants of a study, side by side and prints one table.
 
-    python -m train.compare --config=configs/digits.py --norms=batch,group,kalman \\
-        --micro_batch_sizes=2,32 --seeds=3 --workdir=runs/compare
+    python -m train.compare --config=configs/experiments/digits.py \\
+        --norms=batch,group,kalman --micro_batch_sizes=2,32 --seeds=3 \\
+        --workdir=runs/compare
 
 A config that lists variants is a study, and needs no --norms:
 
-    python -m train.compare --config=configs/ablation.py --workdir=runs/ablation \\
-        --data_dir=DIR
+    python -m train.compare --config=configs/studies/ablation.py \\
+        --workdir=runs/ablation --data_dir=DIR
 
 Finished runs are kept and interrupted ones go on when the command runs again. Writes
 comparison.csv, comparison.json (with command, hardware, versions) and comparison.png.
@@ -20,9 +21,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from kalman_flax import NORMALIZERS
-from train import cli, figure, report
-from train import workdir as wd
-from train.runs import Entry, Job, configure, run_all
+from train import cli
+from train.engine import workdir as wd
+from train.studies import figure, report
+from train.studies.runs import Entry, Job, configure, run_all
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
 _NORMS = flags.DEFINE_list(

@@ -18,15 +18,22 @@ import pathlib
 
 from absl import flags
 
-from kalman_flax.baselines.precise import running_moments
-from kalman_flax.state import check_choice
-from train import cli, confusion
-from train import workdir as wd
-from train.data import Split
-from train.encoded import Encoded
-from train.experiment import Experiment, build
-from train.inference import AUTO, WEIGHTS, choose_weight, parse_weight, recompute
-from train.step import TrainState
+from kalman_flax._filter.state import check_choice
+from kalman_flax.inference.precise import running_moments
+from train import cli
+from train.analysis import confusion
+from train.analysis.inference_statistics import (
+    AUTO,
+    WEIGHTS,
+    choose_weight,
+    parse_weight,
+    recompute,
+)
+from train.data.batches import Split
+from train.data.encoded import Encoded
+from train.engine import workdir as wd
+from train.engine.experiment import Experiment, build
+from train.engine.step import TrainState
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _SPLIT = flags.DEFINE_string(

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from train import artifact, cli
-from train import workdir as wd
-from train.encoded import Encoded
-from train.experiment import Experiment, build
-from train.step import TrainState
+from train import cli
+from train.analysis import stablehlo as artifact
+from train.data.encoded import Encoded
+from train.engine import workdir as wd
+from train.engine.experiment import Experiment, build
+from train.engine.step import TrainState
 
 NETWORK, VARIABLES, METADATA = "network.stablehlo", "variables.npz", "metadata.json"
 #: test images on which plain Flax is to give the same logits

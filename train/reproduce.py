@@ -23,12 +23,12 @@ import pathlib
 from absl import flags
 
 from kalman_flax import NETWORKS, normalization
-from kalman_flax.state import check_choice
+from kalman_flax._filter.state import check_choice
 from train import cli
-from train.reproductions import REPRODUCTIONS, reproduce_all
-from train.reproductions.scale import SCALES
-from train.reproductions.trained import Request
-from train.sets import DATASETS
+from train.data.sets import DATASETS
+from train.paper import REPRODUCTIONS, reproduce_all
+from train.paper.scale import SCALES
+from train.paper.trained import Request
 
 ALL = "all"
 

@@ -25,8 +25,10 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from train import cli, estimates, estimates_figure
-from train import workdir as wd
+from train import cli
+from train.analysis import moments as estimates
+from train.analysis import moments_figure as estimates_figure
+from train.engine import workdir as wd
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list(

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from train import cli, report
+from train import cli
+from train.studies import report
 
 #: columns that runs of one config have in common
 PROTOCOL = ("norm", "batch_size", "learning_rate", "parameters", "steps")

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.state import KalmanState
+from kalman_flax._filter.update import normalize, normalized_state
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.normalizer import RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.state import KalmanState
-from kalman_flax.update import normalize, normalized_state
 
 
 class BatchRenorm(Unfiltered, RunningNormalizer):

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.predict import predict_affine
+from kalman_flax._filter.state import KalmanState
+from kalman_flax._filter.update import normalize, update
+from kalman_flax._kernels import hold
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.linear import Conv
 from kalman_flax.layers.normalizer import RunningNormalizer
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.observe import observe
-from kalman_flax.platform import hold
-from kalman_flax.predict import predict_affine
-from kalman_flax.state import KalmanState
-from kalman_flax.update import normalize, update
 
 _FAN_IN = (0, 1, 2)  # height, width and input channels of a kernel
 _Past = dict[str, jax.Array]  # what is kept of an iteration

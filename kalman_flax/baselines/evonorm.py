@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.state import KalmanState
+from kalman_flax._filter.update import normalize
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.normalizer import Normalizer, Running
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.observe import observe
-from kalman_flax.state import KalmanState
-from kalman_flax.update import normalize
 
 
 class _EvoNorm(Unfiltered, Normalizer):

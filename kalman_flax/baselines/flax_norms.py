@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 from jax import lax
 
+from kalman_flax._filter.predict import predict_affine
+from kalman_flax._filter.state import for_channels
+from kalman_flax._filter.update import normalized_state
 from kalman_flax.layers.signal import Signal, as_signal, state_of
-from kalman_flax.predict import predict_affine
-from kalman_flax.state import for_channels
-from kalman_flax.update import normalized_state
 
 
 class Unfiltered:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.state import KalmanState
+from kalman_flax._filter.update import normalize
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.normalizer import Normalizer, gradient_stat
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.state import KalmanState
-from kalman_flax.update import normalize
 
 
 class MovingAverageBatchNorm(Unfiltered, Normalizer):

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.state import KalmanState, check_choice
+from kalman_flax._filter.update import normalize
+from kalman_flax._kernels import hold
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.normalizer import Normalizer, gradient_stat
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.observe import observe
-from kalman_flax.platform import hold
-from kalman_flax.state import KalmanState, check_choice
-from kalman_flax.update import normalize
 
 
 class OnlineNorm(Unfiltered, Normalizer):

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.predict import predict_affine
 from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.linear import Conv
 from kalman_flax.layers.signal import Signal, through
-from kalman_flax.predict import predict_affine
 
 _HALF = nn.initializers.constant(0.5)
 

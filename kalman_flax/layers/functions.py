@@ -9,9 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kalman_flax.layers.signal import Signal, as_signal, state_of, through
-from kalman_flax.observe import observe
-from kalman_flax.predict import (
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.predict import (
     pad_last_axis,
     predict_avg_pool,
     predict_concatenate,
@@ -19,6 +18,7 @@ from kalman_flax.predict import (
     predict_pointwise,
     predict_relu,
 )
+from kalman_flax.layers.signal import Signal, as_signal, state_of, through
 
 
 def relu(x: Signal | jax.Array) -> Signal | jax.Array:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.predict import predict_affine, predict_group
+from kalman_flax._filter.state import KalmanState
+from kalman_flax._filter.update import normalize, update
+from kalman_flax._kernels import hold
 from kalman_flax.layers.kalman_norm import FilterParameters, Parameters
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
-from kalman_flax.observe import observe
-from kalman_flax.platform import hold
-from kalman_flax.predict import predict_affine, predict_group
-from kalman_flax.state import KalmanState
-from kalman_flax.update import normalize, update
 
 
 class GroupKalmanNorm(FilterParameters, nn.Module):

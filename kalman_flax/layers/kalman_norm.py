@@ -10,18 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kalman_flax.layers.normalizer import Affine, RunningNormalizer
-from kalman_flax.layers.remat import keep
-from kalman_flax.layers.signal import Signal, as_signal, state_of
-from kalman_flax.platform import hold
-from kalman_flax.state import KalmanState, check_choice
-from kalman_flax.update import (
+from kalman_flax._filter.state import KalmanState, check_choice
+from kalman_flax._filter.update import (
     RULES,
     normalize,
     normalized_state,
     reject_outlier,
     update,
 )
+from kalman_flax._kernels import hold
+from kalman_flax.layers.normalizer import Affine, RunningNormalizer
+from kalman_flax.layers.remat import keep
+from kalman_flax.layers.signal import Signal, as_signal, state_of
 
 
 class Parameters(NamedTuple):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.linear import canonicalize_padding
 
-from kalman_flax.convolution import PADDINGS, Padding, convolve, predict_conv
+from kalman_flax._filter.convolution import PADDINGS, Padding, convolve, predict_conv
+from kalman_flax._filter.predict import predict_dense
+from kalman_flax._filter.sampling import sample_conv, sample_dense
+from kalman_flax._filter.state import KalmanState, check_choice, standard_deviation
 from kalman_flax.layers.signal import Signal, through
-from kalman_flax.predict import predict_dense
-from kalman_flax.sampling import sample_conv, sample_dense
-from kalman_flax.state import KalmanState, check_choice, standard_deviation
 
 TRANSITIONS = ("closed_form", "monte_carlo")
 RNG = "transition"  # the Flax RNG stream of the Monte Carlo transition

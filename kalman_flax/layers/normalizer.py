@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.observe import observe
+from kalman_flax._filter.state import KalmanState
 from kalman_flax.layers.signal import Signal, as_signal
-from kalman_flax.observe import observe
-from kalman_flax.state import KalmanState
 
 
 class Affine:

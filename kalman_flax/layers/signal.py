@@ -8,8 +8,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from kalman_flax.predict import predict_sum
-from kalman_flax.state import KalmanState, for_channels
+from kalman_flax._filter.predict import predict_sum
+from kalman_flax._filter.state import KalmanState, for_channels
 
 
 @flax.struct.dataclass

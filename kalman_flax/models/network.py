@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.state import KalmanState
 from kalman_flax.layers.functions import global_avg_pool, relu
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.linear import Conv, Dense
 from kalman_flax.layers.remat import remat
 from kalman_flax.layers.signal import Signal
-from kalman_flax.state import KalmanState
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kalman_flax import BatchNorm, KalmanState, Signal
+from kalman_flax import KalmanState, Signal
+from kalman_flax.baselines import BatchNorm
 from kalman_flax.baselines.batch_renorm import BatchRenorm
 
 KEY = jax.random.key(0)

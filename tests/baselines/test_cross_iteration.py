@@ -201,7 +201,10 @@ def test_compensation_is_exact_to_first_order():
         _, variables = train(net, first, x)
         moved = with_kernel(variables, kernel + size * change)
         _, variables = train(net, moved, x)
-        stats, true = variables["batch_stats"]["norm"], kf.observe(convolve(x, moved))
+        stats, true = (
+            variables["batch_stats"]["norm"],
+            kf.filter.observe(convolve(x, moved)),
+        )
         np.testing.assert_allclose(stats["mean"], true.mean, atol=1e-5)
         errors.append(np.asarray(stats["var"] - true.var))
     errors = np.array(errors)
@@ -249,7 +252,7 @@ def test_convolution_is_conv_and_knows_its_output():
     chex.assert_trees_all_equal(conv.apply(variables, x), expected)
     y = conv.apply(variables, Signal(x, KalmanState(0.0, 1.0)))
     chex.assert_trees_all_equal(y.value, expected)
-    chex.assert_trees_all_equal(KalmanState(*y.state[:2]), kf.observe(expected))
+    chex.assert_trees_all_equal(KalmanState(*y.state[:2]), kf.filter.observe(expected))
 
 
 @pytest.mark.parametrize("between", [
@@ -264,7 +267,7 @@ def test_elsewhere_it_is_batch_norm(between):
     x = conv.init_with_output(KEY, x)[0]
     assert isinstance(x.state, ConvState)
     x = between(x)
-    ours, theirs = CrossIterationBatchNorm(False), kf.BatchNorm(False)
+    ours, theirs = CrossIterationBatchNorm(False), kf.baselines.BatchNorm(False)
     variables = theirs.init(KEY, x)
     chex.assert_trees_all_equal(ours.init(KEY, x), variables)
     expected = theirs.apply(variables, x, mutable=["batch_stats"])
@@ -313,7 +316,7 @@ def test_variance_at_a_large_offset():
 
 
 def network(**options):
-    return kf.ResNet(
+    return kf.models.ResNet(
         3,
         width=4,
         norm=functools.partial(CrossIterationBatchNorm, momentum=MOMENTUM),

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from kalman_flax import KalmanState, Signal
 from kalman_flax.baselines.evonorm import EvoNormB0, EvoNormS0
-from kalman_flax.layers.running import merge_running
+from kalman_flax.inference.running import merge_running
 from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
 
 KEY = jax.random.key(0)

@@ -9,27 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kalman_flax as kf
-from kalman_flax import KalmanState, Signal
+from kalman_flax import KalmanState, Signal, baselines
 from kalman_flax.baselines.flax_norms import FrozenBatchNorm, InstanceNorm, LayerNorm
 
 KEY = jax.random.key(0)
 HALF = {"dtype": jnp.bfloat16}
 BARE = {"use_scale": False, "use_bias": False}
 CASES = {
-    "batch": (kf.BatchNorm, nn.BatchNorm, {"use_running_average": False}),
-    "inference": (kf.BatchNorm, nn.BatchNorm, {"use_running_average": True}),
-    "bare": (kf.BatchNorm, nn.BatchNorm, {"use_running_average": False} | BARE),
-    "batch half": (kf.BatchNorm, nn.BatchNorm, {"use_running_average": False} | HALF),
-    "group": (kf.GroupNorm, nn.GroupNorm, {"num_groups": 2}),
-    "size": (kf.GroupNorm, nn.GroupNorm, {"num_groups": None, "group_size": 3}),
-    "group half": (kf.GroupNorm, nn.GroupNorm, {"num_groups": 3} | HALF),
+    "batch": (baselines.BatchNorm, nn.BatchNorm, {"use_running_average": False}),
+    "inference": (baselines.BatchNorm, nn.BatchNorm, {"use_running_average": True}),
+    "bare": (
+        baselines.BatchNorm,
+        nn.BatchNorm,
+        {"use_running_average": False} | BARE,
+    ),
+    "batch half": (
+        baselines.BatchNorm,
+        nn.BatchNorm,
+        {"use_running_average": False} | HALF,
+    ),
+    "group": (baselines.GroupNorm, nn.GroupNorm, {"num_groups": 2}),
+    "size": (
+        baselines.GroupNorm,
+        nn.GroupNorm,
+        {"num_groups": None, "group_size": 3},
+    ),
+    "group half": (baselines.GroupNorm, nn.GroupNorm, {"num_groups": 3} | HALF),
 }
 #: Of each example: axes of `[N, H, W, groups, C / groups]` that a moment is taken over.
 OF_EXAMPLES = {
     "layer": (LayerNorm, 1),
     "instance": (InstanceNorm, 6),
-    "group": (functools.partial(kf.GroupNorm, num_groups=3), 3),
+    "group": (functools.partial(baselines.GroupNorm, num_groups=3), 3),
 }
 
 
@@ -64,7 +75,7 @@ def test_values_and_variables_are_those_of_flax(case, masked, x):
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_hands_on_the_moments_of_its_output(affine, axis, x):
-    norm = kf.BatchNorm(False, axis=axis, use_scale=affine, use_bias=affine)
+    norm = baselines.BatchNorm(False, axis=axis, use_scale=affine, use_bias=affine)
     x = jnp.moveaxis(x, -1, axis)
     variables = randomized(norm.init(KEY, x))
     y, _ = norm.apply(variables, Signal(x), mutable=["batch_stats"])
@@ -77,7 +88,7 @@ def test_group_norm_ends_the_state_and_ignores_the_mode(x):
     signal = Signal(x, KalmanState(0.0, 1.0))
     outputs = []
     for mode in (True, False, None):
-        norm = kf.GroupNorm(num_groups=2, use_running_average=mode)
+        norm = baselines.GroupNorm(num_groups=2, use_running_average=mode)
         variables = norm.init(KEY, signal)
         assert set(variables) == {"params"}
         outputs.append(norm.apply(variables, signal))
@@ -200,9 +211,9 @@ def test_frozen_batch_norm_trains_scale_and_bias(x):
 
 
 @pytest.mark.parametrize("norm", [
-    kf.BatchNorm(False), kf.GroupNorm(num_groups=6),
+    baselines.BatchNorm(False), baselines.GroupNorm(num_groups=6),
 ], ids=["batch", "group"])  # fmt: skip
 def test_variance_at_a_large_offset(norm, x):
     y, _ = norm.init_with_output(KEY, 1e4 + x)
-    axes = (0, 1, 2) if isinstance(norm, kf.BatchNorm) else (1, 2)
+    axes = (0, 1, 2) if isinstance(norm, baselines.BatchNorm) else (1, 2)
     np.testing.assert_allclose(np.std(y, axis=axes), 1.0, rtol=1e-2)

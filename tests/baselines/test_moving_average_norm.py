@@ -10,13 +10,14 @@ import optax
 import pytest
 from flax import traverse_util
 
-from kalman_flax import KalmanState, ResNet, Signal, merge_running
+from kalman_flax import KalmanState, Signal, merge_running
 from kalman_flax.baselines.moving_average_norm import MovingAverageBatchNorm
 from kalman_flax.layers.linear import Conv, centre_kernel
+from kalman_flax.models import ResNet
 from tests.train.common import tiny_config
-from train.data import Split
-from train.mesh import make_mesh, take
-from train.step import create_state, jit_update, make_update
+from train.data.batches import Split
+from train.engine.mesh import make_mesh, take
+from train.engine.step import create_state, jit_update, make_update
 
 EPSILON = 1e-5
 SHORT = {"window": 3, "warmup_steps": 5, "renorm_warmup_steps": 7, "momentum": 0.6}

@@ -161,7 +161,7 @@ def test_a_residual_block_adds_little_variance_at_first():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_in_the_network(scan):
-    network = kf.ResNet(
+    network = kf.models.ResNet(
         10, 2, 4, norm=Bias, conv=weight_norm_conv, scan=scan, dtype=jnp.bfloat16
     )
     images = jax.random.normal(jax.random.key(2), (2, 8, 8, 3))

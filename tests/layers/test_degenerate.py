@@ -106,7 +106,7 @@ def make_step(name, dtype):
         loss = optax.softmax_cross_entropy(logits, labels)
         return jnp.mean(loss), (logits, written)
 
-    # Compiled as in training on a CPU, see `train/step.py`.
+    # Compiled as in training on a CPU, see `train/engine/step.py`.
     @functools.partial(
         jax.jit, compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"}
     )

@@ -168,7 +168,7 @@ def test_variance_at_a_large_offset(dtype, spread, x):
     np.testing.assert_allclose(y, expected[0], rtol=1e-2, atol=1e-2)
 
 
-NORMS = {"KalmanNorm": kf.KalmanNorm, "BatchNorm": kf.BatchNorm}
+NORMS = {"KalmanNorm": kf.KalmanNorm, "BatchNorm": kf.baselines.BatchNorm}
 
 
 @pytest.mark.parametrize("cls", NORMS.values(), ids=NORMS)
@@ -200,7 +200,7 @@ def test_mode_is_an_attribute_or_an_argument_but_not_both(cls, x):
         cls(use_running_average=True).apply(variables, x, True)
 
 
-@pytest.mark.parametrize("norm", [kf.KalmanNorm, kf.BatchRenorm])
+@pytest.mark.parametrize("norm", [kf.KalmanNorm, kf.baselines.BatchRenorm])
 def test_attributes_come_in_the_order_of_batch_norm(norm):
     """So that what was given by position to `nn.BatchNorm` still fits."""
     ours, theirs = (

@@ -24,7 +24,7 @@ def close(actual, expected):
 
 
 def test_relu(x):
-    close(kf.relu(x), Signal(nn.relu(x.value), kf.predict_relu(STATE)))
+    close(kf.relu(x), Signal(nn.relu(x.value), kf.filter.predict_relu(STATE)))
 
 
 def test_activation_takes_any_pointwise_function(x):

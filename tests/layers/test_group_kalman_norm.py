@@ -9,8 +9,8 @@ import pytest
 
 import kalman_flax as kf
 from kalman_flax import KalmanState, Signal
+from kalman_flax._filter.predict import predict_group
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
-from kalman_flax.predict import predict_group
 from tests.reference import kalman as reference
 from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
 
@@ -272,7 +272,7 @@ def test_groups_of_a_state_that_do_not_divide_its_channels(num_groups):
 def network(**options):
     options = {"num_classes": 3, "blocks_per_stage": 1, "width": 4} | options
     norm = GroupKalmanNorm
-    return kf.ResNet(norm=lambda **kwargs: norm(2, **kwargs), **options)
+    return kf.models.ResNet(norm=lambda **kwargs: norm(2, **kwargs), **options)
 
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))

@@ -19,11 +19,13 @@ from kalman_flax.models.network import Layers
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
 TINY = {
-    "resnet": functools.partial(kf.BottleneckResNet, stage_sizes=(1, 2), width=4),
-    "small_inception": kf.SmallInception,
+    "resnet": functools.partial(
+        kf.models.BottleneckResNet, stage_sizes=(1, 2), width=4
+    ),
+    "small_inception": kf.models.SmallInception,
 }
 #: of which only shapes are computed
-FULL = {"resnet50": kf.NETWORKS["resnet50"], "inception_v2": kf.InceptionV2}
+FULL = {"resnet50": kf.NETWORKS["resnet50"], "inception_v2": kf.models.InceptionV2}
 
 
 def build(network, name="batch", **options):
@@ -156,7 +158,7 @@ def test_maps(name, expected):
 
 
 def test_small_inception_maps():
-    _, written = shapes(build(kf.SmallInception), jnp.zeros((1, 32, 32, 3)))
+    _, written = shapes(build(kf.models.SmallInception), jnp.zeros((1, 32, 32, 3)))
     seen = outputs(written)
     names = ("stem", "inception1", "inception2", "inception3")
     assert [seen[name].value.shape[1:] for name in names] == [
@@ -237,8 +239,8 @@ def test_sum_carries_the_states_of_both_branches(strides):
     y, written = apply(block, drawn(block, X), X)
     seen = outputs(written)
     shortcut = X if strides == 1 else seen["shortcut_norm"]
-    expected = kf.predict_sum(seen["conv3_norm"].state, shortcut.state)
-    chex.assert_trees_all_close(y.state, kf.predict_relu(expected), rtol=1e-5)
+    expected = kf.filter.predict_sum(seen["conv3_norm"].state, shortcut.state)
+    chex.assert_trees_all_close(y.state, kf.filter.predict_relu(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("strides, projection", [(1, 4), (2, 0)])
@@ -313,9 +315,9 @@ def test_group_kalman_norm_keeps_examples_apart():
     module = inception("group_kalman", strides=2, projection=0)
     norm = functools.partial(kf.GroupKalmanNorm, 2)
     module = module.clone(layers=module.layers._replace(norm=norm))
-    x = X.replace(state=kf.observe(X.value, "instance"))
+    x = X.replace(state=kf.filter.observe(X.value, "instance"))
     value = X.value.at[1].multiply(3.0)
-    other = kf.Signal(value, kf.observe(value, "instance"))
+    other = kf.Signal(value, kf.filter.observe(value, "instance"))
     variables = drawn(module, x)
     before, after = (module.apply(variables, y) for y in (x, other))
     assert before.state.mean.shape == (2, before.value.shape[-1])

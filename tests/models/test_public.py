@@ -92,7 +92,7 @@ def test_resnet_50_is_that_of_torchvision(image, stride_in_1x1):
             if block.downsample is not None:
                 layers.append((f"{prefix}/shortcut", *block.downsample))
     net = kf.NETWORKS["resnet50"](
-        num_classes=CLASSES, norm=kf.BatchNorm, stride_in_1x1=stride_in_1x1
+        num_classes=CLASSES, norm=kf.baselines.BatchNorm, stride_in_1x1=stride_in_1x1
     )
     variables = copied(net, image, layers, model.fc)
     assert_same_logits(net, variables, model, image)
@@ -132,6 +132,6 @@ def test_inception_v2_is_the_bninception_of_pretrainedmodels(image):
             for ours, name in names.items()
             if hasattr(model, name)
         ]
-    net = kf.InceptionV2(CLASSES, norm=kf.BatchNorm)
+    net = kf.models.InceptionV2(CLASSES, norm=kf.baselines.BatchNorm)
     variables = copied(net, image, layers, model.last_linear)
     assert_same_logits(net, variables, model, image)

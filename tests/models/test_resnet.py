@@ -16,7 +16,7 @@ LABELS = jnp.array([0, 2])
 
 def tiny(name="kalman", **options):
     options = {"num_classes": 3, "blocks_per_stage": 1, "width": 4} | options
-    return kf.ResNet(**options, **kf.normalization(name)._asdict())
+    return kf.models.ResNet(**options, **kf.normalization(name)._asdict())
 
 
 def step(net, variables):
@@ -49,7 +49,9 @@ def count(params):
 
 def test_size_of_resnet_32():
     """Of the released experiments: n = 5, width 16, batch norm, CIFAR-10."""
-    net = kf.ResNet(10, blocks_per_stage=5, width=16, norm=kf.BatchNorm)
+    net = kf.models.ResNet(
+        10, blocks_per_stage=5, width=16, norm=kf.baselines.BatchNorm
+    )
     params = shapes(net, jnp.zeros((1, 32, 32, 3)))["params"]
     convolutions = (
         27 * 16  # stem

@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs import base
-from train.mesh import take
+from train.engine.mesh import take
 
 INDEX = np.arange(8)
 

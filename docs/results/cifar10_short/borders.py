@@ -12,10 +12,10 @@ import sys
 
 import jax
 import numpy as np
+from train.experiment import build
 
 from train import workdir as wd
 from train.data import Split, augment, draw_crops
-from train.experiment import build
 
 
 def main() -> None:

@@ -1,0 +1,121 @@
+"""What GPUs and TPUs compute: as much as can be tried on a CPU."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kalman_flax as kf
+from tests.reference import kalman as reference
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Has what is traced take the way of GPUs and TPUs."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
+    )
+
+
+@pytest.mark.parametrize("offset", [2.0, 1e4])
+@pytest.mark.parametrize("wrong_by", [0.0, 0.3, 3.0])
+def test_moments_about_a_guess(elsewhere, offset, wrong_by):
+    x = np.random.default_rng(0).normal(offset, 1.0, (4, 8, 8, 6)).astype(np.float32)
+    truth = reference.observe(x, "batch")
+    guess = jnp.float32(truth[0] + wrong_by)
+    chex.assert_trees_all_close(
+        tuple(kf.filter.observe(x, guess=guess)), truth, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_guess_changes_neither_moments_nor_gradients(elsewhere):
+    x = np.random.default_rng(0).normal(1.0, 2.0, (4, 5, 3)).astype(np.float32)
+
+    def gradients(guess):
+        def score(x, guess):
+            mean, var = kf.filter.observe(x, guess=guess)
+            return jnp.sum(mean * jnp.arange(3.0) + jnp.square(var))
+
+        return jax.grad(score)(x, guess)
+
+    chex.assert_trees_all_close(gradients(jnp.ones(3)), gradients(None), rtol=1e-5)
+    _, none = jax.jvp(
+        lambda guess: kf.filter.observe(x, guess=guess), *[(jnp.ones(3),)] * 2
+    )
+    chex.assert_trees_all_equal(none, kf.KalmanState(jnp.zeros(3), jnp.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"gain": 1.0}, {"gain": 0.1, "rule": "paper", "outlier_ratio": 100.0}]
+)
+def test_an_observation_that_stands_alone_takes_no_guess(elsewhere, options):
+    """Far from the guess it would lose its variance."""
+    x = 1e4 + jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    norm = kf.KalmanNorm(use_running_average=False, momentum=0.0, **options)
+    x = kf.Signal(x, kf.KalmanState(0.0, 1e4))
+    variables = norm.init(jax.random.key(0), x)
+    _, written = norm.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_close(written["batch_stats"]["var"], jnp.ones(3), rtol=0.2)
+
+
+def test_a_constant_has_no_variance(elsewhere):
+    x = jnp.full((64, 7), 0.1)
+    near = kf.filter.observe(x, guess=jnp.full(7, 0.3)).var
+    chex.assert_trees_all_close(near, jnp.zeros(7), atol=1e-6 * 0.2**2)
+    assert jnp.all(kf.filter.observe(x, guess=jnp.full(7, 1e3)).var >= 0.0)
+
+
+def test_a_prediction_through_groups(elsewhere):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0.2, 0.5, (3, 2, 2, 6)).astype(np.float32)
+    mean, var = rng.normal(size=(5, 4)), rng.uniform(0.2, 2, (5, 4))
+    state = kf.filter.predict_conv(
+        kf.KalmanState(mean, var), kernel, (5, 6), feature_group_count=2
+    )
+    for i in range(5):
+        expected = reference.conv(
+            mean[i], var[i], kernel, (5, 6), feature_group_count=2
+        )
+        chex.assert_trees_all_close((state.mean[i], state.var[i]), expected, rtol=1e-4)
+
+
+def updates():
+    """A gradient of a small network, and the statistics that it wrote."""
+    network = kf.NETWORKS["cifar_resnet"](
+        num_classes=10, blocks_per_stage=1, **kf.normalization("kalman_wc")._asdict()
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 2, 16, 16, 3))
+    variables = network.init(jax.random.key(1), images[0], True)
+
+    def loss(params):
+        def forward(x):
+            return network.apply(
+                variables | {"params": params}, x, False, mutable=["batch_stats"]
+            )
+
+        logits, written = jax.vmap(forward)(images)
+        return jnp.mean(jnp.square(logits - 1.0)), written
+
+    return loss, variables["params"]
+
+
+def test_a_network_learns_the_same_there(elsewhere, monkeypatch):
+    loss, params = updates()
+    there = jax.jit(jax.grad(loss, has_aux=True))(params)
+    monkeypatch.undo()
+    loss, params = updates()
+    here = jax.jit(jax.grad(loss, has_aux=True))(params)
+    chex.assert_trees_all_close(there, here, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_cpu_gets_barriers():
+    loss, params = updates()
+    traced = jax.jit(jax.grad(loss, has_aux=True)).trace(params)
+
+    def lowered(platform):
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "optimization_barrier" in lowered("cpu")
+    for platform in ("cuda", "tpu"):
+        assert "optimization_barrier" not in lowered(platform)

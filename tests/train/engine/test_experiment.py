@@ -1,0 +1,145 @@
+"""Configs, schedules, the optimiser, and what a bad config says."""
+
+import importlib
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from kalman_flax import NETWORKS, KalmanNorm
+from tests.train.common import tiny_config
+from train.data.batches import Split
+from train.data.sets import Dataset
+from train.engine.experiment import build, make_network, make_optimizer, make_schedule
+
+CONFIGS = sorted(
+    ".".join(path.with_suffix("").parts)
+    for path in pathlib.Path("configs").rglob("[!_]*.py")
+)
+CIFAR = Dataset(*[Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, int))] * 2, 10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_makes_a_network(name):
+    config = importlib.import_module(name).get_config()
+    assert set(config) == set(base.get_config())
+    assert config.batch_size % config.micro_batch_size == 0
+    network = make_network(config, CIFAR)
+    size = 8 if config.dataset == "digits" else 32
+    shapes = jax.eval_shape(
+        lambda: network.init(
+            jax.random.key(0), np.zeros((2, size, size, 3)), use_running_average=True
+        )
+    )
+    kernels = [
+        path
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes["params"])
+        if path[-1].key == "kernel"
+    ]
+    sizes = {"cifar_resnet": 6 * config.blocks_per_stage + 2, "resnet50": 54}
+    assert len(kernels) == sizes[config.network]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_by_name(name):
+    network = make_network(tiny_config(network=name), CIFAR)
+    expected = NETWORKS[name](num_classes=10)
+    assert type(network) is type(expected)
+    sizes = "blocks_per_stage", "stage_sizes", "width"
+    if name == "cifar_resnet":  # its size is the config's
+        expected = expected.clone(blocks_per_stage=1, width=4)
+    assert [getattr(network, size, None) for size in sizes] == [
+        getattr(expected, size, None) for size in sizes
+    ]
+
+
+def test_released_schedule():
+    config = importlib.import_module(
+        "configs.experiments.cifar10_released"
+    ).get_config()
+    schedule = make_schedule(config, steps_per_epoch=390)
+    epochs = np.array([0, 81.9, 82.1, 122.9, 123.1, 299.9, 300.1, 399.9])
+    rates = [float(schedule(int(epoch * 390))) for epoch in epochs]
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0002, 0.0002]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_warm_up_then_cosine():
+    config = tiny_config(epochs=10, warmup_epochs=2, learning_rate=0.5)
+    schedule = make_schedule(config, steps_per_epoch=5)
+    rates = np.array([float(schedule(step)) for step in range(51)])
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11), rtol=1e-5)
+    cosine = 0.25 * (1 + np.cos(np.pi * np.arange(41) / 40))
+    np.testing.assert_allclose(rates[10:], cosine, rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_reaches_kernels_only():
+    config = tiny_config(weight_decay=0.5, sgd_momentum=0.9)
+    optimizer = make_optimizer(config, lambda _: 0.1)
+    params = {"conv": {"kernel": 2.0, "bias": 2.0}, "norm": {"scale": 2.0}}
+    state = optimizer.init(params)
+    zeros = jax.tree.map(np.zeros_like, params)
+    for expected in (1.9, 1.9 - 0.1 * (0.95 + 0.9 * 1.0)):
+        updates, state = optimizer.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["conv"]["kernel"], expected, rtol=1e-6)
+    assert params["conv"]["bias"] == params["norm"]["scale"] == 2.0
+
+
+def test_long_gradients_are_clipped_before_weight_decay():
+    config = tiny_config(weight_decay=0.5, sgd_momentum=0.0, clip_norm=1.0)
+    optimizer = make_optimizer(config, lambda _: 0.1)
+    params = {"kernel": 2.0, "bias": 2.0}
+    state = optimizer.init(params)
+    for length, clipped in ((5.0, 1.0), (0.5, 0.5)):
+        grads = {"kernel": jnp.array(0.6 * length), "bias": jnp.array(0.8 * length)}
+        updates, state = optimizer.update(grads, state, params)
+        expected = {"kernel": -0.1 * (0.6 * clipped + 1.0), "bias": -0.08 * clipped}
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+def test_options_reach_the_normaliser():
+    config = tiny_config(norm_options='{"gain": 0.3, "learn_gain": null}')
+    norm = make_network(config, CIFAR).norm(name="norm")
+    assert isinstance(norm, KalmanNorm)
+    assert (norm.gain, norm.learn_gain, norm.momentum) == (0.3, None, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(norm="kalmann"), "unknown normaliser 'kalmann'; known are batch"),
+        (dict(norm_options='{"gian": 1}'), "no attribute .*gian.*gain"),
+        (dict(norm_options="gain=1"), "not JSON"),
+        (dict(norm_options="[1]"), "expected an object"),
+        (dict(norm_options='{"momentum": 0.5}'), "momentum, which the key stats_mom"),
+        (dict(micro_batch_size=0), "micro_batch_size is 0; expected at least 1"),
+        (dict(micro_batch_size=3), "micro_batch_size 3 does not divide"),
+        (dict(batch_size=-8), "batch_size is -8; expected at least 1"),
+        (dict(eval_epochs=0), "eval_epochs is 0"),
+        (dict(width=0), "width is 0"),
+        (dict(train_examples=-1), "train_examples is -1; expected at least 0"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(clip_norm=-1.0), "clip_norm is -1.0; expected at least 0"),
+        (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(network="resnet18"), r"resnet18.*inception_v2"),
+        (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
+        (dict(dataset="digit"), r"dataset is 'digit'; expected one of \['digits"),
+        (dict(dtype="float64"), "dtype is 'float64'"),
+        (dict(schedule="linear"), "schedule is 'linear'"),
+        (dict(standardize="none"), "standardize is 'none'"),
+        (dict(batch_size=128), "batch_size 128 is larger than the 64"),
+        (dict(warmup_epochs=2), "warmup_epochs 2 leaves none"),
+        (dict(schedule="step", step_epochs=(1,)), "differ in length"),
+        (dict(step_epochs=(1, 1), step_factors=(0.1, 0.1)), "later than the last"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_config(**overrides))

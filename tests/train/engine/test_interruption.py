@@ -1,0 +1,174 @@
+"""Runs that are killed, stopped, and spread over processes: real ones, by command."""
+
+import functools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import pytest
+
+from configs.experiments import digits
+from train.engine import workdir as wd
+from train.engine.experiment import build
+
+#: keys of the config: 24 updates, a checkpoint every second one
+KEYS = dict(
+    train_examples=32,
+    batch_size=16,
+    width=4,
+    epochs=12,
+    log_steps=1,
+    eval_epochs=12,
+    eval_batch_size=297,
+)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts the command on a workdir, with so many devices, and flags."""
+
+    def start(workdir, *flags, devices=1):
+        keys = [f"--config.{key}={value}" for key, value in KEYS.items()]
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        return subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "train",
+                    "--config=configs/experiments/digits.py",
+                ),
+                *(f"--workdir={workdir}", *keys, *flags),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process, status=0):
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == status, out
+    return out
+
+
+def wait_for_progress(process, workdir, step=1):
+    """Waits until the log of the run has come to `step`."""
+    while process.poll() is None:
+        if any(line["step"] >= step for line in wd.read_metrics(workdir)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def config():
+    config = digits.get_config()
+    config.update(KEYS)
+    return config
+
+
+@functools.cache
+def structure():
+    return build(config(), devices=jax.devices()[:1]).state
+
+
+def final_state(workdir):
+    with wd.open_checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest_step() == 24
+        return jax.device_get(wd.restore(checkpoints, structure()))
+
+
+@pytest.fixture(scope="module")
+def straight(start, tmp_path_factory):
+    """What an uninterrupted run on one device leaves."""
+    workdir = tmp_path_factory.mktemp("straight")
+    finish(start(workdir))
+    return final_state(workdir)
+
+
+def test_killed_at_random_moments(start, straight, tmp_path):
+    """In updates and in checkpoints, which take most of this run's time: to the bit."""
+    moments = random.Random(0)
+    for kill in range(5):
+        process = start(tmp_path)
+        wait_for_progress(process, tmp_path, step=1 + 4 * kill)
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "summary.json").exists()
+    finish(start(tmp_path))
+    chex.assert_trees_all_equal(final_state(tmp_path), straight)
+    steps = [line["step"] for line in wd.read_metrics(tmp_path) if "train_loss" in line]
+    assert steps == list(range(1, 25))
+
+
+def two(start, workdirs, flags=((), ())):
+    """Starts two processes that train together, of two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            workdirs[i],
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+            *flags[i],
+            devices=2,
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "workdirs, flags, message",
+    [
+        ("aa", [(), ("--config.learning_rate=0.4",)], "differ in their config: ["),
+        ("ab", [(), ()], "which must be on a disk that they share: [1, 0]"),
+    ],
+)
+def test_processes_that_do_not_agree(start, tmp_path, workdirs, flags, message):
+    (tmp_path / "a").mkdir()
+    wd.claim(tmp_path / "a", config())  # by a run of before, which was killed
+    for process in two(start, [tmp_path / name for name in workdirs], flags):
+        out = finish(process, status=1)
+        assert message in out and "Traceback" not in out
+
+
+def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
+    """SIGTERM on four devices; then twice two, where the first alone prints."""
+    process = start(tmp_path, devices=4)
+    wait_for_progress(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, status=128 + signal.SIGTERM)
+    assert "stopped as asked, after step" in out and "Traceback" not in out
+
+    first, second = map(finish, two(start, [tmp_path] * 2))
+    assert "4 device(s)" in first and "test accuracy" in first
+    assert "device(s)" not in second and "accuracy" not in second
+    resumed = final_state(tmp_path)
+    assert resumed.step == straight.step
+    chex.assert_trees_all_close(resumed.params, straight.params, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "coordinator, message",
+    [
+        ("localhost:1", "--num_processes and --process_id go together"),
+        ("auto", "JAX detects no cluster here"),
+    ],
+)
+def test_processes_that_do_not_find_each_other(start, tmp_path, coordinator, message):
+    out = finish(start(tmp_path, f"--coordinator={coordinator}"), status=1)
+    assert message in out and "Traceback" not in out

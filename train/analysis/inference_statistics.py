@@ -1,0 +1,86 @@
+"""Other statistics that a trained network can infer by, found on training images."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from kalman_flax import compiler_options
+from kalman_flax.inference.precise import precise_statistics
+from train.data.batches import augment
+from train.engine.experiment import Experiment
+from train.engine.mesh import SAME, SPLIT
+from train.engine.step import Draws, TrainState, apply_replicas, draw, replicas_of
+
+AUTO = "auto"
+#: what `choose_weight` chooses from
+WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+
+
+def parse_weight(text: str | None) -> float | str | None:
+    """Returns the example weight that a user asked for: a number, `AUTO`, or None.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if text in (None, AUTO):
+        return text
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = np.nan
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(
+            f"example_weight is {text!r}; expected a number from 0 to 1, or {AUTO}."
+        )
+    return weight
+
+
+def choose_weight(experiment: Experiment, state: TrainState) -> float:
+    """Returns which of `WEIGHTS` has the smallest loss on training images, as they are,
+    of which it takes as many as there are test images."""
+    split = experiment.train.take(experiment.test.examples)
+
+    def loss(weight: float) -> float:
+        return experiment.evaluate(state, split, weight)["weighed_loss"]
+
+    return min(WEIGHTS, key=loss)
+
+
+def recompute(
+    config: Any, experiment: Experiment, state: TrainState, batches: int
+) -> TrainState:
+    """Returns `state` with the precise statistics of the first `batches` training
+    batches, split into micro-batches and augmented as in training."""
+
+    def on_device(state: TrainState, images: jax.Array, draws: Draws) -> Any:
+        images = experiment.standardize(
+            augment(images, draws.crops, config.crop_padding)
+        )
+        _, written = apply_replicas(
+            experiment.network, state.variables, images, draws.keys
+        )
+        return written["batch_stats"]
+
+    replicas = replicas_of(config, experiment.mesh)
+    over_devices = jax.shard_map(
+        on_device,
+        mesh=experiment.mesh,
+        in_specs=(SAME, SPLIT, SPLIT),
+        out_specs=SPLIT,
+    )
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
+        return over_devices(state, images, draw(config, config.seed, step, replicas))
+
+    stats = precise_statistics(
+        lambda step: write(state, experiment.batch(step).images, step),
+        state.batch_stats,
+        range(batches),
+        momentum=config.stats_momentum,
+    )
+    return state.replace(batch_stats=stats)

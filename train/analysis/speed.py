@@ -1,0 +1,90 @@
+"""The time of a training step on random images, several programs in turn."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from train.data.batches import Split
+from train.data.sets import Dataset
+from train.engine.experiment import make_network, make_optimizer
+from train.engine.mesh import make_mesh, take
+from train.engine.step import TrainState, create_state, jit_update, make_update
+
+
+def prepare(
+    config: ConfigDict, size: int, num_classes: int = 10
+) -> tuple[Any, Any, TrainState, Split]:
+    """Returns network, train step, state and a batch of random images of that size."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
+    labels = random.integers(0, num_classes, config.batch_size, np.int32)
+    split = Split(images, labels)
+    network = make_network(config, Dataset(split, split, num_classes))
+    optimizer = make_optimizer(config, lambda step: config.learning_rate)
+    mesh = make_mesh(config.batch_size // config.micro_batch_size)
+    state = create_state(network, optimizer, 0, images.shape[1:], mesh)
+    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    batch = take(mesh, split, np.arange(config.batch_size))
+    return network, jit_update(update), state, batch
+
+
+class Stepper:
+    """Called, starts an update, and keeps the state for the next."""
+
+    def __init__(self, step: Callable, state: TrainState, batch: Split):
+        self.step, self.state, self.batch = step, state, batch
+
+    def __call__(self) -> Any:
+        """Returns what is ready when the update is done."""
+        self.state, metrics = self.step(self.state, self.batch)
+        return self.state, metrics
+
+
+def measure(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times each function once a round, after one call to warm up; in random order, as
+    what ran before leaves its mark on caches, memory and waiting threads.
+
+    A time is that of a call until what it returns is ready. A GPU or TPU is given ten
+    at a time, between which the host does not wait for it, as in training.
+    """
+    calls = 1 if jax.default_backend() == "cpu" else 10
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    random, names = np.random.default_rng(0), list(run)
+    for number in range(rounds + 1):
+        for index in random.permutation(len(names)):
+            name = names[index]
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = run[name]()
+            jax.block_until_ready(result)
+            if number:
+                seconds[name].append((time.perf_counter() - start) / calls)
+    return seconds
+
+
+def ratio(values: list[float], baseline: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios round by round: what slows a whole round
+    leaves them alone."""
+    return quartiles(np.array(values) / np.array(baseline))
+
+
+def quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    return tuple(float(q) for q in np.quantile(values, (0.5, 0.25, 0.75)))
+
+
+def between_lines(lines: list[dict[str, float]], batch_size: int) -> list[float]:
+    """Returns images per second between the lines of a log, but where a test lies
+    between them."""
+    return [
+        batch_size * (line["step"] - last["step"]) / (line["seconds"] - last["seconds"])
+        for last, line in itertools.pairwise(lines)
+        if "train_loss" in last and "train_loss" in line
+    ]

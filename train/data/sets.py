@@ -1,0 +1,274 @@
+"""The data sets by name: TFDS' own, folders of images, and the embedded digits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kalman_flax._filter.state import check_choice
+from train.data.batches import Split
+from train.data.encoded import Encoded
+
+
+class Dataset(NamedTuple):
+    """A training and a test split: in memory, or too large for that.
+
+    Attributes:
+        classes: their names, by label.
+        test_name: what the set itself calls its test split.
+    """
+
+    train: Split | Encoded
+    test: Split | Encoded
+    num_classes: int
+    classes: tuple[str, ...] = ()
+    test_name: str = "test"
+
+
+class _Known(NamedTuple):
+    """A data set of TFDS: the splits we use, their examples, how to come by it."""
+
+    train: str
+    test: str
+    examples: tuple[int, int]
+    num_classes: int
+    size: str
+    in_memory: bool = True
+
+
+_TFDS = {
+    "cifar10": _Known("train", "test", (50_000, 10_000), 10, "170 MB to download"),
+    "cifar100": _Known("train", "test", (50_000, 10_000), 100, "169 MB to download"),
+    "svhn_cropped": _Known(
+        "train+extra", "test", (604_388, 26_032), 10, "1.6 GB to download"
+    ),
+    "imagenet2012": _Known(
+        "train",
+        "validation",
+        (1_281_167, 50_000),
+        1000,
+        "155 GB to download first, by hand: ILSVRC2012_img_train.tar and"
+        " ILSVRC2012_img_val.tar from https://image-net.org/download-images, where you"
+        " must register, into DIR/downloads/manual; and as much again for the result",
+        in_memory=False,
+    ),
+}
+_DIGITS = (1_500, 297)  # images to train and to test
+DATASETS = ("digits", *_TFDS, "folder")
+
+_TEST_FOLDERS = ("val", "validation", "test")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def load_dataset(
+    name: str, data_dir: str | None = None, image_size: int = 224
+) -> Dataset:
+    """Loads a data set by name.
+
+    Args:
+        name: one of `DATASETS`. ``"folder"`` is any set of images in
+            ``DIR/train/CLASS/`` and ``DIR/val/CLASS/``.
+        data_dir: that DIR, or the TFDS directory; by default, but not for ``"folder"``,
+            the environment's TFDS_DATA_DIR.
+        image_size: height and width of the images of ``"imagenet2012"`` and
+            ``"folder"``, which stay on disk; other sets come as they are.
+
+    Raises:
+        ValueError: unknown name, or data of another form than expected.
+        FileNotFoundError: the data is not there; the message says how to prepare it.
+    """
+    check_choice("dataset", name, DATASETS)
+    if name == "digits":
+        return _digits()
+    if name == "folder":
+        if data_dir is None:
+            raise ValueError(
+                "dataset is 'folder'; pass --data_dir=DIR, with images in"
+                " DIR/train/CLASS/ and DIR/val/CLASS/."
+            )
+        return _folder(pathlib.Path(data_dir).expanduser(), image_size)
+    data_dir = _tfds_dir(data_dir)
+    known = _TFDS[name]
+    if known.in_memory:
+        return _read(name, data_dir)
+    train = _Records(name, known.train, data_dir)
+    test = _Records(name, known.test, data_dir)
+    return Dataset(
+        Encoded(train, image_size, len(train)),
+        Encoded(test, image_size, len(test)),
+        known.num_classes,
+        test.classes,
+        known.test,
+    )
+
+
+def check_prepared(name: str, data_dir: str | None = None) -> None:
+    """Looks for a data set without reading it.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says how to prepare it.
+    """
+    if name in _TFDS:
+        _check_folder(name, _tfds_dir(data_dir))
+
+
+def examples(name: str) -> tuple[int, int]:
+    """Returns how many images a set has to train and to test; not for ``"folder"``."""
+    return _DIGITS if name == "digits" else _TFDS[name].examples
+
+
+def _tfds_dir(data_dir: str | None) -> str:
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return os.path.expanduser(data_dir)
+
+
+@functools.cache
+def _digits() -> Dataset:
+    """UCI digits from scikit-learn, 8 x 8: the first to train, the others to test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images[..., None].astype(np.uint8)
+    labels = digits.target.astype(np.int32)
+    train, test = slice(_DIGITS[0]), slice(_DIGITS[0], None)
+    return Dataset(
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        10,
+        tuple(map(str, digits.target_names)),
+    )
+
+
+@functools.cache
+def _read(name: str, data_dir: str) -> Dataset:
+    """Reads a whole set of TFDS into memory."""
+
+    def read(source: Any) -> Split:
+        shape = source.dataset_info.features["image"].shape
+        images = np.empty((len(source), *shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        for i in range(len(source)):
+            example = source[i]
+            images[i], labels[i] = example["image"], example["label"]
+        return Split(images, labels)
+
+    known = _TFDS[name]
+    train, test = (_open(name, split, data_dir) for split in (known.train, known.test))
+    return Dataset(read(train), read(test), known.num_classes, _classes(test))
+
+
+def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
+    """Opens TFDS' random-access reader, which needs no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    # Asked for data that is not there, TFDS would start to download it.
+    _check_folder(name, data_dir)
+    try:
+        return tfds.data_source(name, split=split, data_dir=data_dir, **options)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the files of {name} in {pathlib.Path(data_dir) / name} are not"
+            " array_record, which alone can be read in any order. Prepare it again,"
+            f" {_command(name)}"
+        ) from error
+
+
+def _classes(source: Any) -> tuple[str, ...]:
+    """The names of the classes, which TFDS keeps beside the images."""
+    return tuple(source.dataset_info.features["label"].names)
+
+
+def _check_folder(name: str, data_dir: str) -> None:
+    folder = pathlib.Path(data_dir) / name
+    if not list(folder.glob("*/dataset_info.json")):
+        raise FileNotFoundError(
+            f"no {name} in {folder}. Prepare it once, {_command(name)}"
+        )
+
+
+def _command(name: str) -> str:
+    return (
+        "in an environment that has tensorflow and tensorflow-datasets, with\n"
+        f"    tfds build {name} --file_format=array_record --data_dir=DIR\n"
+        f"({_TFDS[name].size}) and pass --data_dir=DIR or set TFDS_DATA_DIR=DIR."
+    )
+
+
+class _Records(Sequence):
+    """The encoded images and labels of a split of TFDS, and their names."""
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        import tensorflow_datasets as tfds
+
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self._source = _open(name, split, data_dir, decoders=skip)
+        self.classes = _classes(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
+        found = self._source[example]
+        return found["image"], found["label"], found["file_name"].decode()
+
+
+def _folder(root: pathlib.Path, image_size: int) -> Dataset:
+    """Images in folders by class; the classes are numbered by name."""
+    train = root / "train"
+    test = next((root / n for n in _TEST_FOLDERS if (root / n).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise FileNotFoundError(
+            f"expected the folders train and {', '.join(_TEST_FOLDERS[:-1])} or"
+            f" {_TEST_FOLDERS[-1]} in {root}, with images in train/CLASS/."
+        )
+    classes = _class_folders(train)
+    if new := sorted(set(_class_folders(test)) - set(classes)):
+        raise ValueError(
+            f"classes in {test} that are not in {train}: {', '.join(new)}."
+        )
+    found = [_Files(split, classes) for split in (train, test)]
+    train_split, test_split = (Encoded(f, image_size, len(f)) for f in found)
+    return Dataset(train_split, test_split, len(classes), tuple(classes), test.name)
+
+
+def _class_folders(split: pathlib.Path) -> list[str]:
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
+    if not classes:
+        raise FileNotFoundError(
+            f"no folders in {split}; expected one for each class, with its images."
+        )
+    return classes
+
+
+class _Files(Sequence):
+    """The image files in the class folders of a split, their labels and names."""
+
+    def __init__(self, split: pathlib.Path, classes: list[str]):
+        files = [
+            (f"{split}/{name}/{file}", label)
+            for label, name in enumerate(classes)
+            if (split / name).is_dir()
+            for file in sorted(os.listdir(split / name))
+            if file.lower().endswith(_SUFFIXES)
+        ]
+        if not files:
+            raise FileNotFoundError(
+                f"no images in the folders of {split}; expected names that end in"
+                f" {', '.join(_SUFFIXES)}."
+            )
+        # The first so many examples, and micro-batches of the test split, are to be of
+        # all classes, as in sets of TFDS.
+        order = np.random.default_rng(0).permutation(len(files))
+        self._files = [files[i] for i in order]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
+        name, label = self._files[example]
+        return pathlib.Path(name).read_bytes(), label, name

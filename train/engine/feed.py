@@ -1,0 +1,164 @@
+"""Batches on time: read ahead by threads or processes, and the wait for them timed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from train.data.batches import Split
+from train.engine.mesh import local_rows, take
+
+#: images, at most, that a thread or a process reads at a time
+PIECE = 32
+#: beyond, threads would only wait for each other to run Python
+MOST_THREADS = 32
+
+#: from the step and some rows of its batch to these, on the host
+Read = Callable[[int, np.ndarray], Split]
+
+
+class Feed:
+    """Batches by step, read ahead as long as the steps asked for follow each other.
+
+    A batch depends on its step alone, and so nothing needs to be saved to go on from
+    any of them. A process reads the rows of its own devices and no others.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int, read: Read, workers: int = 0):
+        """Describes the batches; nothing is read yet.
+
+        Args:
+            mesh: over whose devices a batch is split.
+            batch_size: examples a batch, over all devices.
+            read: gives rows of a batch.
+            workers: as of `read_ahead`.
+        """
+        mine = local_rows(mesh, batch_size)
+        self._mesh, self._read, self._workers = mesh, read, workers
+        self._rows = np.flatnonzero(mine)
+        self._place = np.cumsum(mine) - 1  # of a row of the batch among ours
+        self._next: int | None = None
+        self._batches: Iterator[Split] = iter(())
+
+    def __call__(self, step: int) -> Split:
+        """Returns the batch of `step`, split over the devices."""
+        if step != self._next:
+            self._batches = read_ahead(self._read, self._rows, step, self._workers)
+        self._next = step + 1
+        return take(self._mesh, next(self._batches), self._place)
+
+
+def read_ahead(
+    read: Read, rows: np.ndarray, step: int, workers: int
+) -> Iterator[Split]:
+    """Yields `rows` of the batches of `step` and all steps after it, on the host.
+
+    Args:
+        read: gives rows of a batch.
+        rows: which, ``[n]``.
+        step: the first.
+        workers: processes that read; 0: as many threads of this one as the machine has
+            cores, up to `MOST_THREADS`. Neither changes a batch.
+    """
+    import grain  # half a second, which only those pay who need it
+
+    size = math.gcd(len(rows), PIECE)
+    parts = len(rows) // size
+
+    def piece(number: int) -> Split:
+        step, part = divmod(number, parts)
+        return read(step, rows[part * size : (part + 1) * size])
+
+    threads = 1 if workers else min(os.cpu_count() or 1, MOST_THREADS)
+    pieces = (
+        grain.MapDataset.range(step * parts, sys.maxsize)
+        .map(piece)
+        .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
+    )
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain has some, and hands them on
+            flags.FLAGS.mark_as_parsed()
+        pieces = pieces.mp_prefetch(
+            grain.MultiprocessingOptions(workers, 2), worker_init_fn=_end_with_trainer
+        )
+    return iter(pieces.batch(parts, batch_fn=_join))
+
+
+def _end_with_trainer(*_: int) -> None:
+    """Has this worker end when its trainer is killed, which cannot end it then."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _join(pieces: Iterable[Split]) -> Split:
+    return Split(*map(np.concatenate, zip(*pieces)))
+
+
+class Ahead(contextlib.AbstractContextManager):
+    """Has the batches of the next steps brought to the devices, by a thread."""
+
+    def __init__(self, batch: Callable[[int], Split], steps: range, depth: int = 2):
+        """Starts with the first `depth` of `steps`.
+
+        Args:
+            batch: from the step to its examples; called in turn, by one thread.
+            steps: for which `next` will be called, in this order.
+            depth: batches to have ready.
+        """
+        self._batch, self._steps = batch, iter(steps)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ready: collections.deque[Future[Split]] = collections.deque()
+        self._waited, self._since = 0.0, time.monotonic()
+        for _ in range(depth):
+            self._start()
+
+    def _start(self) -> None:
+        for step in self._steps:
+            self._ready.append(self._thread.submit(self._batch, step))
+            break
+
+    def next(self, under_way: Any) -> Split:
+        """Returns the next batch.
+
+        Args:
+            under_way: what the devices still work at. Until they are done with it,
+                nobody waits for data.
+        """
+        batch = self._ready.popleft()
+        self._start()
+        if not batch.done():
+            jax.block_until_ready(under_way)
+            start = time.monotonic()
+            batch.result()
+            self._waited += time.monotonic() - start
+        return batch.result()
+
+    def waited(self) -> float:
+        """Returns the share of the time since the last call in which the devices had
+        nothing to do for want of a batch."""
+        now = time.monotonic()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return share
+
+    def __exit__(self, *error: object) -> None:
+        """Lets go of the batches that nobody will ask for."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

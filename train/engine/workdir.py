@@ -1,0 +1,320 @@
+"""What a run leaves in its directory: config, metrics, checkpoints, summary."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import socket
+import sys
+import zlib
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from configs import base
+from train.engine import processes
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+#: keys that a run may go on with another value of, as nothing that it finds hangs on it
+_OF_NO_MATTER = ("data_workers", "debug_nans", "profile_steps")
+LOCK = "lock"
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON so that a crash leaves the old file or the new one, never half."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Creates `workdir` and keeps other runs out of it; the lock dies with the process.
+
+    Raises:
+        ValueError: another run is at work in it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"another run, {file.read().strip()}, is at work in {workdir}; wait for"
+                " it, stop it, or choose another --workdir."
+            ) from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes the resolved config into `workdir`.
+
+    Raises:
+        ValueError: it belongs to a run of another config; the difference is shown.
+    """
+    check_same(workdir, config)
+    if processes.primary():
+        write_json(workdir / CONFIG, _as_json(config))
+
+
+def check_same(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Refuses a `workdir` that holds a run of another config.
+
+    Raises:
+        ValueError: it does; the difference is shown.
+    """
+    if not (workdir / CONFIG).exists():
+        return
+    ours, theirs = (
+        {key: value for key, value in _as_json(c).items() if key not in _OF_NO_MATTER}
+        for c in (config, read_config(workdir))
+    )
+    if ours != theirs:
+        differences = [
+            f"  {key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r}"
+            " asked for"
+            for key in sorted(ours | theirs)
+            if ours.get(key, "absent") != theirs.get(key, "absent")
+        ]
+        raise ValueError(
+            f"{workdir} holds a run of another config:\n"
+            + "\n".join(differences)
+            + "\nChoose another --workdir, or delete this one."
+        )
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())  # where a tuple is a list
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """Reads the resolved config of a run.
+
+    A key that there was not when the run was made has its default.
+
+    Raises:
+        FileNotFoundError: there is none in `workdir`.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no {CONFIG} in {workdir}; expected the --workdir of a run of"
+            " `python -m train`."
+        )
+    config = base.get_config()
+    for key, value in json.loads(path.read_text()).items():
+        config[key] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    """Opens the run's checkpoints; the last two are kept."""
+    return ocp.CheckpointManager(
+        workdir.absolute() / CHECKPOINTS,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False
+        ),
+    )
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Saves `state` after `step` updates, with a checksum.
+
+    Raises:
+        OSError: it could not be written, say because the disk is full.
+    """
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        checksum=ocp.args.JsonSave(_checksum(state)),
+    )
+    try:
+        checkpoints.save(step, args=args)
+    except Exception as error:  # of Orbax and TensorStore, with the system's own words
+        raise OSError(
+            f"the checkpoint of step {step} could not be saved in"
+            f" {checkpoints.directory}; those before it are kept. {error}"
+        ) from error
+
+
+def _checksum(state: Any) -> int:
+    """CRC-32 of all leaves; Orbax itself would read a flipped bit as it is."""
+    total = 0
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        total = zlib.crc32(np.ascontiguousarray(leaf), total)
+    return total
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
+    """Returns the newest checkpoint that can be read, or `state` if there is none.
+
+    `state` gives the structure, and where the arrays go: a checkpoint made on other
+    devices is read all the same. Says so when a checkpoint cannot be read.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                checksum=ocp.args.JsonRestore(),
+            )
+            found = checkpoints.restore(step, args=args)
+            if found.checksum != _checksum(found.state):
+                raise ValueError("its checksum is not that of what it holds.")
+        except Exception as error:  # of Orbax, TensorStore, JSON, the file system
+            logging.warning(
+                "the checkpoint of step %d in %s cannot be read: %s",
+                step,
+                checkpoints.directory,
+                str(error).partition("\n")[0],
+            )
+        else:
+            if step != steps[0]:
+                logging.warning("going on from the checkpoint of step %d", step)
+            return found.state
+    if steps:
+        raise ValueError(
+            f"none of the checkpoints in {checkpoints.directory} can be read: damaged,"
+            " or of another version; see above. Choose another --workdir."
+        )
+    return state
+
+
+def forget_after(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    """Deletes the checkpoints after `step`, which `restore` could not read: their
+    steps will be saved anew."""
+    for other in checkpoints.all_steps():
+        if other > step:
+            checkpoints.delete(other)
+
+
+def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
+    """Returns the last checkpoint of a run; `state` gives the structure.
+
+    Raises:
+        FileNotFoundError: there is none in `workdir`.
+    """
+    folder = workdir / CHECKPOINTS
+    if folder.is_dir():  # Orbax would make it
+        with open_checkpoints(workdir) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                return restore(checkpoints, state)
+    raise FileNotFoundError(
+        f"no checkpoint in {folder}: the run ended before its first, or somebody"
+        " deleted them. The `python -m train` command of the run, given again, trains"
+        " from the start."
+    )
+
+
+def memory_in_use() -> int:
+    """Returns the most memory that a device of this process has used so far, in bytes:
+    what the device says, or on the CPU the resident set of the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(s.get("peak_bytes_in_use", resident) for s in stats)
+
+
+class MetricsLog:
+    """Scalars by step, as JSON lines for our own plots and as TensorBoard events.
+
+    Opened at step s, it forgets what an interrupted run wrote after its checkpoint. Of
+    several processes the first one writes.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        """Opens the log of a run that goes on from `step`."""
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        #: seconds that training took up to `step`, over all interruptions
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._writes = processes.primary()
+        if not self._writes:
+            return
+        path = workdir / METRICS
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = path.open("a", buffering=1)
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
+        )
+
+    def write(self, step: int, seconds: float, **scalars: float) -> None:
+        """Writes one line: after `step` updates and so many seconds."""
+        if not self._writes:
+            return
+        line = {"step": step, "seconds": round(seconds, 3)} | scalars
+        self._lines.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if not self._writes:
+            return
+        self._lines.close()
+        self._events.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """Reads what `MetricsLog` wrote; a last line cut off by a crash does not count."""
+    path = workdir / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_test(workdir: pathlib.Path, step: int) -> dict[str, float]:
+    """Returns what the test after `step` updates found; empty if there was none."""
+    found: dict[str, float] = {}
+    for line in read_metrics(workdir):
+        if line["step"] == step:
+            found |= {k: v for k, v in line.items() if k.startswith("test_")}
+    return {name.removeprefix("test_"): value for name, value in found.items()}
+
+
+def provenance() -> dict[str, Any]:
+    """Returns the command, with XLA's flags if there are any, hardware and versions, to
+    go beside every number."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "kalman_flax")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "source tree"
+    module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
+    command = ["python", "-m", module.removesuffix(".__main__"), *sys.argv[1:]]
+    xla_flags = os.environ.get("XLA_FLAGS")
+    prefix = f"XLA_FLAGS={shlex.quote(xla_flags)} " if xla_flags else ""
+    return {
+        "command": prefix + shlex.join(command),
+        "hardware": {
+            "devices": [device.device_kind for device in jax.local_devices()],
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "versions": versions,
+    }

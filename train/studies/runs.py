@@ -1,0 +1,112 @@
+"""Runs of one experiment that differ in a few keys, as several commands make them."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from train.data.sets import check_prepared
+from train.engine import workdir as wd
+from train.engine.loop import NonFiniteError, train
+from train.engine.settings import check
+from train.engine.together import in_common, train_together
+from train.studies import report
+
+
+class Entry(NamedTuple):
+    """A row of a table: what it is called, and the config keys that it sets."""
+
+    variant: str
+    overrides: dict[str, Any]
+
+
+def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
+    """Returns the config of one run.
+
+    Raises:
+        ValueError: a variant sets a key that there is not.
+    """
+    config = copy.deepcopy(config)
+    config.variants = ()  # a run is the same in whichever study
+    for key, value in entry.overrides.items():
+        if key not in config:
+            raise ValueError(
+                f"variant {entry.variant!r} sets {key!r}, which is no key of a config."
+            )
+        config[key] = value
+    config.seed += seed
+    return config
+
+
+class Job(NamedTuple):
+    """A run to be made: its config, what it is called, its directory."""
+
+    config: ConfigDict
+    variant: str
+    run_dir: pathlib.Path
+
+
+def run_all(
+    jobs: Sequence[Job], data_dir: str | None, at_once: int | None = None
+) -> list[report.Run]:
+    """Trains, or goes on, or reads what finished runs left in their directories; one
+    that diverges is a result as well.
+
+    Args:
+        jobs: the runs, in the order to make them in.
+        data_dir: see `train.data.sets.load_dataset`.
+        at_once: up to how many that differ in seed and learning rate alone are trained
+            side by side, by one program; None: each by a program of its own.
+
+    Raises:
+        ValueError, FileNotFoundError: a bad config, a directory of another run or of
+            two, a data set that is not there: of all jobs, before any is run.
+    """
+    shared = Counter(job.run_dir for job in jobs)
+    for job in jobs:
+        if shared[job.run_dir] > 1:
+            raise ValueError(f"{job.run_dir} would be the directory of two runs.")
+        check(job.config)
+        check_prepared(job.config.dataset, data_dir)
+        wd.check_same(job.run_dir, job.config)
+    if at_once is None:
+        return [_run(job, data_dir) for job in jobs]
+    errors: dict[pathlib.Path, NonFiniteError] = {}
+    for alike in _alike(jobs):
+        configs, run_dirs = [j.config for j in alike], [j.run_dir for j in alike]
+        errors |= train_together(configs, run_dirs, data_dir, at_once)
+    return [
+        _report_diverged(job, errors[job.run_dir])
+        if job.run_dir in errors
+        else _run(job, data_dir)  # which is finished, and is read
+        for job in jobs
+    ]
+
+
+def _run(job: Job, data_dir: str | None) -> report.Run:
+    try:
+        return _report(job, train(job.config, job.run_dir, data_dir))
+    except NonFiniteError as error:
+        return _report_diverged(job, error)
+
+
+def _alike(jobs: Sequence[Job]) -> Iterable[list[Job]]:
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(in_common(job.config), []).append(job)
+    return groups.values()
+
+
+def _report_diverged(job: Job, error: NonFiniteError) -> report.Run:
+    print(f"{job.run_dir.name} diverged: {error}")
+    keys = ("norm", "batch_size", "micro_batch_size", "learning_rate", "seed")
+    return _report(job, {key: job.config[key] for key in keys} | {"diverged": True})
+
+
+def _report(job: Job, summary: dict[str, Any]) -> report.Run:
+    return report.Run({"variant": job.variant} | summary, wd.read_metrics(job.run_dir))
