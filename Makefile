@@ -5,7 +5,7 @@ BIN := .venv/bin
 # docs/performance.md. Where there is no glibc it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint clean
+.PHONY: train test lint package clean
 
 # Batch norm and Kalman Normalization side by side on the embedded digits.
 train: .venv/installed
@@ -18,6 +18,12 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The wheel and the source distribution, as a package index would take them.
+package: .venv/installed
+	rm -rf build/dist
+	$(BIN)/python -m build --quiet --outdir build/dist
+	$(BIN)/twine check --strict build/dist/*
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
