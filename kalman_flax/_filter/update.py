@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.mixture import second_moment
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState, check_choice
-from kalman_flax._kernels import hold
+from kalman_flax._kernels import centre_and_scale
 
-RULES = ("mixture", "paper")
+Rule = Literal["mixture", "paper"]
 
 
 def update(
     predicted: KalmanState,
     observed: KalmanState,
     gain: jax.Array | float,
-    rule: str = "mixture",
+    rule: Rule = "mixture",
 ) -> KalmanState:
     """Combines what was predicted with what was observed; q = `gain`, p = 1 - q.
 
@@ -36,7 +37,7 @@ def update(
         gain: q in [0, 1], the weight of the observation; scalar or ``[C]``.
         rule: ``"mixture"`` or ``"paper"``.
     """
-    check_choice("rule", rule, RULES)
+    check_choice("rule", rule, get_args(Rule))
     q, p = gain, 1.0 - gain
     mean = p * predicted.mean + q * observed.mean
     var = p * predicted.var + q * observed.var
@@ -55,11 +56,20 @@ def reject_outlier(
     update of either rule gives the observation alone.
     """
     ratio = jnp.mean(predicted.var / observed.var, axis=-1, keepdims=True)
-    return jax.tree.map(
-        lambda kept, fallback: jnp.where(ratio < limit, kept, fallback),
-        predicted,
-        observed,
-    )
+    return choose(ratio < limit, predicted, observed)
+
+
+def is_known(predicted: KalmanState) -> jax.Array:
+    """Where a prediction says something: its second moment is neither infinite nor NaN.
+
+    Its square enters the update by the rule "mixture".
+    """
+    return jnp.isfinite(second_moment(predicted, 0.0))
+
+
+def choose(condition: jax.Array, one: KalmanState, other: KalmanState) -> KalmanState:
+    """`one` where the condition holds, `other` elsewhere; broadcast."""
+    return KalmanState(*(jnp.where(condition, *stats) for stats in zip(one, other)))
 
 
 def normalize(
@@ -91,29 +101,11 @@ def normalize(
 
     if not jnp.issubdtype(x.dtype, jnp.floating):  # of which nothing has a derivative
         x = x.astype(jnp.float32)
-    mean, var = (jnp.asarray(stat, jnp.float32) for stat in state)
+    mean, var = (
+        jnp.asarray(stat, jnp.result_type(stat, jnp.float32)) for stat in state
+    )
     slope = lax.rsqrt(var + epsilon) * scale
-    return _affine(x, expand(mean), expand(slope), expand(bias))
-
-
-@jax.custom_jvp
-def _affine(
-    x: jax.Array, centre: jax.Array, slope: jax.Array, offset: jax.Array
-) -> jax.Array:
-    return (x - centre) * slope + offset
-
-
-@_affine.defjvp
-def _affine_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """The product rule, with what is the same at all positions summed up first: in the
-    backward pass two sums over the positions give all gradients."""
-    x, centre, slope, _ = primals
-    d_x, d_centre, d_slope, d_offset = tangents
-    # Has XLA:CPU subtract again, as in `observe`, and take the one sum over the
-    # positions for both gradients that it gives.
-    everywhere = hold(d_offset - slope * d_centre)
-    centred = x - hold(centre)
-    return _affine(*primals), slope * d_x + centred * d_slope + everywhere
+    return centre_and_scale(x, expand(mean), expand(slope), expand(bias))
 
 
 def normalized_state(

@@ -14,7 +14,14 @@ from kalman_flax._filter.predict import predict_affine, predict_group
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize, update
 from kalman_flax._kernels import hold
-from kalman_flax.layers.kalman_norm import FilterParameters, Parameters
+from kalman_flax.layers.kalman_norm import (
+    FilterParameters,
+    LearnGain,
+    Noise,
+    Parameters,
+    Propagate,
+)
+from kalman_flax.layers.normalizer import Filtered, refuse_unfiltered
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 
@@ -33,7 +40,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
     what the channels are after normalisation: the group as a whole has mean 0 and
     variance 1, but a channel in it has gamma (mu_c - mu_group) / sigma_group + beta and
     (gamma sigma_c / sigma_group)^2. That is the state handed on. The paper's equations
-    carry the moments of the group for every channel in it: ``hand_on="raw"``.
+    carry the moments of the group for every channel in it: ``propagate="raw"``.
 
     On a plain array, a Signal of unknown state, or with gain 1 it is `nn.GroupNorm`,
     and hands on the moments of its output as they are. (A max-pool before the first of
@@ -46,7 +53,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             and unused.
         axis: of the channels.
         gain, learn_gain, noise: as in `KalmanNorm`.
-        hand_on: ``"normalized"``: the moments of the output; or ``"raw"``: the filtered
+        propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the filtered
             moments of the input, those of the group for every channel.
 
     Raises:
@@ -66,16 +73,9 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     gain: float = 0.1
-    learn_gain: str | None = "scalar"
-    noise: str | None = None
-    hand_on: str = "normalized"
-
-    def __post_init__(self):
-        if self.num_groups < 1:
-            raise ValueError(
-                f"num_groups is {self.num_groups}; expected a divisor of the channels."
-            )
-        super().__post_init__()
+    learn_gain: LearnGain | None = "scalar"
+    noise: Noise | None = None
+    propagate: Propagate = "normalized"
 
     def __call__(
         self,
@@ -98,35 +98,46 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         y = self.normalize(self.filter(x, mask=mask))
         return y if isinstance(x, Signal) else y.value
 
-    def filter(self, x: Signal | jax.Array, *, mask: jax.Array | None = None) -> Signal:
-        """The first step: returns `x` with its filtered moments, ``[N, C]``."""
-        x = as_signal(x)
-        parameters = self._variables(x.value.shape[self.axis])
-        state = observe(x.value, "instance", axis=self.axis, mask=mask)
-        predicted = state_of(x, self.axis)
-        if predicted is not None:
-            shape = state.mean.shape
-            if not {stat.shape for stat in predicted} <= {shape, shape[-1:]}:
-                raise ValueError(
-                    f"GroupKalmanNorm got a state of shape {predicted.mean.shape};"
-                    f" expected {shape[-1:]}, or {shape}, one of each example."
-                    " jax.vmap over several micro-batches."
-                )
-            predicted = parameters.predict_noise(predicted)
-            # Held for the reason that is told in `KalmanNorm`.
-            state = hold(update(predicted, state, parameters.gain))
-        return x.replace(state=keep(state))
+    def filter(
+        self, x: Signal | jax.Array, *, mask: jax.Array | None = None
+    ) -> Filtered:
+        """The first step: returns the value with its filtered moments, ``[N, C]``."""
+        value = self._value(x, mask)
+        parameters = self._variables(value.shape[self.axis])
+        observed = observe(value, "instance", axis=self.axis, mask=mask)
+        predicted = self._predicted(as_signal(x).replace(value=value), observed)
+        if predicted is None or self.gain == 1.0:
+            return Filtered(value, keep(observed))
+        predicted = self._prediction(predicted, observed, parameters)
+        # Held for the reason that is told in `KalmanNorm`.
+        return Filtered(value, keep(hold(update(predicted, observed, parameters.gain))))
 
-    def normalize(self, x: Signal) -> Signal:
-        """The second step: normalises what `filter` returned by its groups."""
+    def normalize(self, x: Filtered) -> Signal:
+        """The second step: normalises what `filter` returned by its groups.
+
+        Raises:
+            ValueError: something else than `filter` returns.
+        """
+        refuse_unfiltered(self, x)
         *_, scale, bias = self._variables(x.value.shape[self.axis])
-        state = group = predict_group(x.state, self.num_groups)
+        state = group = predict_group(x.moments, self.num_groups)
         y = normalize(x.value, group, scale, bias, epsilon=self.epsilon, axis=self.axis)
-        if self.hand_on == "normalized":
+        if self.propagate == "normalized":
             slope = scale * lax.rsqrt(group.var + self.epsilon)
-            centred = KalmanState(x.state.mean - group.mean, x.state.var)
+            centred = KalmanState(x.moments.mean - group.mean, x.moments.var)
             state = predict_affine(centred, slope, bias)
         return self._output(x, y, scale, bias, state=state)
+
+    def _predicted(self, x: Signal, observed: KalmanState) -> KalmanState | None:
+        """What is known of `x`, ``[C]`` or ``[N, C]``, before it is observed."""
+        state, shape = state_of(x, self.axis), observed.mean.shape
+        if state is None or {stat.shape for stat in state} <= {shape, shape[-1:]}:
+            return state
+        raise ValueError(
+            f"GroupKalmanNorm got a state of shape {state.mean.shape}; expected"
+            f" {shape[-1:]}, or {shape}, one of each example. jax.vmap over several"
+            " micro-batches."
+        )
 
     @nn.compact
     def _variables(self, channels: int) -> Parameters:

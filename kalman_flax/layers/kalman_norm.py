@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kalman_flax._filter.state import KalmanState, check_choice
+from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import (
-    RULES,
+    Rule,
+    choose,
+    is_known,
     normalize,
     normalized_state,
     reject_outlier,
     update,
 )
 from kalman_flax._kernels import hold
-from kalman_flax.layers.normalizer import Affine, RunningNormalizer
+from kalman_flax.layers.normalizer import (
+    Affine,
+    Filtered,
+    RunningNormalizer,
+    refuse_unfiltered,
+)
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
+
+LearnGain = Literal["scalar", "channel"]
+Noise = Literal["additive", "multiplicative"]
+Propagate = Literal["normalized", "raw"]
 
 
 class Parameters(NamedTuple):
@@ -39,12 +50,13 @@ class FilterParameters(Affine):
     Its attributes are those of `KalmanNorm`, with the same meaning.
     """
 
+    # What the module has that mixes this in.
+    gain: float
+    learn_gain: LearnGain | None
+    noise: Noise | None
+    propagate: Propagate
+
     def __post_init__(self):
-        check_choice("learn_gain", self.learn_gain, (None, "scalar", "channel"))
-        check_choice("noise", self.noise, (None, "additive", "multiplicative"))
-        check_choice("hand_on", self.hand_on, ("normalized", "raw"))
-        if not 0.0 <= self.gain <= 1.0:
-            raise ValueError(f"gain is {self.gain}; expected a number in [0, 1].")
         if self.learn_gain and self.gain in (0.0, 1.0):
             raise ValueError(
                 f"gain is {self.gain}, which a sigmoid never leaves; start a learned"
@@ -74,6 +86,16 @@ class FilterParameters(Affine):
         r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
         return lambda state: state._replace(var=state.var * r)
 
+    def _prediction(
+        self, predicted: KalmanState, observed: KalmanState, parameters: Parameters
+    ) -> KalmanState:
+        """What to update by: with process noise, and what was observed in the place of
+        what is infinite or NaN, which says nothing."""
+        known = is_known(predicted)
+        # Put aside before anything is computed of it: 0 inf is NaN in gradients.
+        predicted = choose(known, predicted, KalmanState(0.0, 1.0))
+        return choose(known, parameters.predict_noise(predicted), observed)
+
 
 class KalmanNorm(FilterParameters, RunningNormalizer):
     """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
@@ -98,7 +120,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             ``"multiplicative"`` (Sigma_pred R, R = exp, from 1). Adds a parameter
             ``noise`` ``[C]``.
         rule: ``"mixture"`` or ``"paper"``, see `update`.
-        hand_on: ``"normalized"``: the moments of the output, which is what enters the
+        propagate: ``"normalized"``: the moments of the output, which is what enters the
             next layer; or ``"raw"``: the filtered moments of the input, Eq. 7 to the
             letter.
         outlier_ratio: None, or the limit of `reject_outlier`.
@@ -118,21 +140,12 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     """
 
     gain: float = 0.02
-    learn_gain: str | None = None
-    noise: str | None = None
-    rule: str = "mixture"
-    hand_on: str = "normalized"
+    learn_gain: LearnGain | None = None
+    noise: Noise | None = None
+    rule: Rule = "mixture"
+    propagate: Propagate = "normalized"
     outlier_ratio: float | None = None
     decay_steps: int | None = None
-
-    def __post_init__(self):
-        check_choice("rule", self.rule, RULES)
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(
-                f"decay_steps is {self.decay_steps}; expected a number of training"
-                " steps, or None for a gain that stays."
-            )
-        super().__post_init__()
 
     def __call__(
         self,
@@ -163,75 +176,119 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
-    ) -> Signal:
-        """The first step: returns `x` with the statistics to normalise it by.
+    ) -> Filtered:
+        """The first step: returns the value with the moments to normalise it by.
 
-        A pre-activation network keeps this filtered stream for its shortcut.
+        A pre-activation network keeps its `Filtered.signal` for the shortcut.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = as_signal(x)
-        parameters, running = self._variables(x.value.shape[self.axis])
-        predicted = state_of(x, self.axis)
-        if predicted is not None and predicted.mean.ndim > 1:
-            raise ValueError(
-                f"KalmanNorm got a state of shape {predicted.mean.shape}; expected one"
-                " state [C] for the micro-batch. jax.vmap over several."
-            )
+        value = self._value(x, mask)
+        parameters, running = self._variables(value)
+        predicted = self._predicted(as_signal(x).replace(value=value))
         if use_running_average:
-            return x.replace(state=running)
+            return Filtered(value, running)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
-        x = x.replace(value=hold(x.value))
-        # Far from the guess the variance is lost: none where the observation may stand
-        # by itself.
-        alone = self.gain == 1.0 or self.outlier_ratio is not None
-        guess = None if predicted is None or alone else predicted.mean
-        state = self._observe(x.value, axis=self.axis, mask=mask, guess=guess)
-        self._report("observed", state)
-        if predicted is not None:
-            self._report("predicted", predicted)
-            predicted = parameters.predict_noise(predicted)
-            if self.outlier_ratio is not None:
-                predicted = reject_outlier(predicted, state, self.outlier_ratio)
-            state = update(predicted, state, parameters.gain, self.rule)
-            # Keeps XLA:CPU from computing these small vectors, and those of all layers
-            # below that they follow from, again at every pixel.
-            state = hold(state)
-        state = keep(state)
-        self._report("filtered", state)
-        self._move_running(running, state)
+        value = hold(value)
+        observed = self._observe(
+            value,
+            axis=self.axis,
+            mask=mask,
+            guess=self._guess(predicted, running),
+            alone=predicted is None,
+        )
+        filtered = keep(self._filtered(predicted, observed, parameters))
+        self._report(observed=observed, predicted=predicted, filtered=filtered)
+        self._move_running(running, filtered)
         self._count_step()
-        return x.replace(state=state)
+        return Filtered(value, filtered)
 
-    def normalize(self, x: Signal) -> Signal:
-        """The second step: normalises what `filter` returned by its state."""
-        value, state = x.value, x.state
-        (*_, scale, bias), _ = self._variables(value.shape[self.axis])
-        y = normalize(value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
-        if self.hand_on == "normalized":
-            state = normalized_state(scale, bias)
+    def normalize(self, x: Filtered) -> Signal:
+        """The second step: normalises what `filter` returned by its moments.
+
+        Raises:
+            ValueError: something else than `filter` returns.
+        """
+        refuse_unfiltered(self, x)
+        if x.moments is None:
+            raise ValueError(
+                "KalmanNorm.normalize got a value without moments, from the first step"
+                " of a normaliser that observes in its second; expected that of its own."
+            )
+        (*_, scale, bias), _ = self._variables(x.value)
+        y = normalize(
+            x.value, x.moments, scale, bias, epsilon=self.epsilon, axis=self.axis
+        )
+        normalized = self.propagate == "normalized"
+        state = normalized_state(scale, bias) if normalized else x.moments
         return self._output(x, y, scale, bias, state=state)
 
-    def _report(self, name: str, state: KalmanState) -> None:
-        """Leaves `state` in ``intermediates``, where that is mutable."""
-        self.sow(
-            "intermediates",
-            name,
-            state,
-            init_fn=lambda: None,
-            reduce_fn=lambda _, new: new,
-        )
+    def _predicted(self, x: Signal) -> KalmanState | None:
+        """What is known of `x`, ``[C]``, before it is observed."""
+        state = state_of(x, self.axis)
+        if state is not None and state.mean.ndim > 1:
+            raise ValueError(
+                f"KalmanNorm got a state of shape {state.mean.shape}; expected one"
+                " state [C] for the micro-batch. jax.vmap over several."
+            )
+        return state
+
+    def _guess(
+        self, predicted: KalmanState | None, running: KalmanState
+    ) -> jax.Array | None:
+        """What to take the moments about in one pass, where nothing can be lost by it.
+
+        Rounding then adds an error of e (mean - guess)^2 to the variance S, e some
+        1e-7, all of it where the guess is far off. With the predicted mean as guess the
+        rule "mixture" adds p q (mean - guess)^2 to q S, so that the filtered variance
+        is wrong by e / p of itself: 1e-5 for a gain up to 0.99. The rule "paper" has no
+        such term, a learned gain may come as close to 1 as it likes, and where a
+        prediction is rejected the observation stands alone: no guess then.
+        """
+        bounded = self.learn_gain is None and self.gain <= 0.99
+        rejects = self.outlier_ratio is not None
+        if predicted is None or self.rule != "mixture" or rejects or not bounded:
+            return None
+        return jnp.where(is_known(predicted), predicted.mean, running.mean)
+
+    def _filtered(
+        self,
+        predicted: KalmanState | None,
+        observed: KalmanState,
+        parameters: Parameters,
+    ) -> KalmanState:
+        """Combines what was predicted with what was observed."""
+        if predicted is None or (self.gain == 1.0 and self.decay_steps is None):
+            return observed
+        predicted = self._prediction(predicted, observed, parameters)
+        if self.outlier_ratio is not None:
+            predicted = reject_outlier(predicted, observed, self.outlier_ratio)
+        # Keeps XLA:CPU from computing these small vectors, and those of all layers
+        # below that they follow from, again at every pixel.
+        return hold(update(predicted, observed, parameters.gain, self.rule))
+
+    def _report(self, **states: KalmanState | None) -> None:
+        """Leaves the states in ``intermediates``, where that is mutable."""
+        for name, state in states.items():
+            if state is not None:
+                self.sow(
+                    "intermediates",
+                    name,
+                    state,
+                    init_fn=lambda: None,
+                    reduce_fn=lambda _, new: new,
+                )
 
     @nn.compact
-    def _variables(self, channels: int) -> tuple[Parameters, KalmanState]:
-        parameters = self._parameters(channels)
+    def _variables(self, value: jax.Array) -> tuple[Parameters, KalmanState]:
+        parameters = self._parameters(value.shape[self.axis])
         if self.decay_steps is not None:
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
             done = jnp.minimum(steps.value / self.decay_steps, 1.0)
             left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
             parameters = parameters._replace(gain=left * parameters.gain)
-        return parameters, self._running(channels)
+        return parameters, self._running(value, self.axis)
 
     def _count_step(self) -> None:
         if self.decay_steps is not None and not self.is_initializing():
@@ -241,7 +298,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
 ReleasedKalmanNorm = functools.partial(
-    KalmanNorm, gain=0.1, hand_on="raw", outlier_ratio=100.0
+    KalmanNorm, gain=0.1, propagate="raw", outlier_ratio=100.0
 )
 
 #: Eq. 7 to the letter: raw state, scalar q learned from 0.1, additive diagonal R.
@@ -251,5 +308,5 @@ PaperKalmanNorm = functools.partial(
     learn_gain="scalar",
     noise="additive",
     rule="paper",
-    hand_on="raw",
+    propagate="raw",
 )

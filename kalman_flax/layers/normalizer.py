@@ -1,20 +1,56 @@
-"""What normalisers share: scale and bias, the way out, and running moments."""
+"""What normalisers share: two steps, scale and bias, running moments."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kalman_flax._filter.observe import observe
+from kalman_flax._filter.observe import observe, observe_about
 from kalman_flax._filter.state import KalmanState
+from kalman_flax.layers.checks import Checked
 from kalman_flax.layers.signal import Signal, as_signal
 
+Tree = TypeVar("Tree")
 
-class Affine:
+
+@flax.struct.dataclass
+class Filtered:
+    """What the first step of a normaliser, `filter`, returns, and only the second step,
+    `normalize`, takes: a value that is not normalised yet.
+
+    Attributes:
+        value: ``[N, ..., C]``.
+        moments: of the value, by which it is to be normalised, ``[C]``, or ``[N, C]``
+            of each example; of a normaliser that does all in its second step, what it
+            was told of them, or None.
+    """
+
+    value: jax.Array
+    moments: KalmanState | None
+
+    @property
+    def signal(self) -> Signal:
+        """The value as it is, for the shortcut of a pre-activation network."""
+        return Signal(self.value, self.moments)
+
+
+class Affine(Checked):
     """Mixin: the scale and bias of a normaliser, and how its output leaves it."""
+
+    # What the module has that mixes this in.
+    dtype: Any
+    param_dtype: Any
+    use_bias: bool
+    use_scale: bool
+    bias_init: nn.initializers.Initializer
+    scale_init: nn.initializers.Initializer
+    param: Callable[..., Any]
 
     def _affine(self, channels: int) -> tuple[jax.Array | float, jax.Array | float]:
         """The parameters ``scale`` and ``bias``; 1 and 0 where they are not used."""
@@ -27,27 +63,34 @@ class Affine:
 
     def _output(
         self,
-        x: Signal | jax.Array,
+        x: Signal | Filtered | jax.Array,
         y: jax.Array,
         *parameters: jax.Array | float,
         state: KalmanState | None = None,
     ) -> Signal | jax.Array:
         """`y` in the dtype that `nn.BatchNorm` gives for the input `x` and these
-        parameters; for a Signal a Signal, with `state`."""
-        value = as_signal(x).value
+        parameters; an array for an array, else a Signal, with `state`."""
+        value = x.value if isinstance(x, Filtered) else as_signal(x).value
         dtype = nn.dtypes.canonicalize_dtype(value, *parameters, dtype=self.dtype)
         y = y.astype(dtype)
-        return Signal(y, state) if isinstance(x, Signal) else y
+        return Signal(y, state) if isinstance(x, Signal | Filtered) else y
 
 
-class Running:
+class Running(Checked):
     """Mixin: the running ``mean`` and ``var`` of `nn.BatchNorm`."""
 
-    def _running(self, channels: int) -> KalmanState:
-        """The running moments, as they are before this step."""
-        shape = (channels,)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    # What the module has that mixes this in.
+    momentum: float
+    axis_name: str | Sequence[str] | None
+    axis_index_groups: Any
+    variable: Callable[..., Any]
+    put_variable: Callable[..., None]
+
+    def _running(self, value: jax.Array, axis: int = -1) -> KalmanState:
+        """The running moments of the channels of `value`, before this step."""
+        shape, dtype = (value.shape[axis],), jnp.result_type(value, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         return KalmanState(mean.value, var.value)
 
     def _observe(
@@ -57,18 +100,88 @@ class Running:
         axis: int = -1,
         mask: jax.Array | None = None,
         guess: jax.Array | None = None,
+        alone: bool = True,
     ) -> KalmanState:
-        """The moments of the micro-batch, shared over `axis_name`, see `observe`."""
+        """The moments of the micro-batch, shared over `axis_name`.
+
+        Args:
+            value: ``[N, ..., C]``.
+            axis, mask: as in `observe`.
+            guess: as in `observe_about`; not used with a mask or a shared axis.
+            alone: nothing else is normalised by, see `_check_batch`.
+        """
+        self._check_batch(value, alone=alone)
         axis_name = None if self.is_initializing() else self.axis_name
-        return observe(value, axis=axis, mask=mask, axis_name=axis_name, guess=guess)
+        if guess is not None and mask is None and axis_name is None:
+            return observe_about(value, guess, axis)
+        return observe(
+            value,
+            axis=axis,
+            mask=mask,
+            axis_name=axis_name,
+            axis_index_groups=self.axis_index_groups,
+        )
 
     def _move_running(self, running: KalmanState, state: KalmanState) -> None:
         """Moves the `running` moments towards `state`, but not in initialisation."""
         if self.is_initializing():
             return
         kept = self.momentum
-        for name, old, new in zip(KalmanState._fields, running, state):
-            self.put_variable("batch_stats", name, kept * old + (1 - kept) * new)
+        moved = jax.tree.map(
+            lambda old, new: kept * old + (1 - kept) * new, running, state
+        )
+        for name, stat in finite_or_old(moved, running)._asdict().items():
+            self.put_variable("batch_stats", name, stat)
+
+
+def finite_or_old(new: Tree, old: Tree) -> Tree:
+    """`new`, but `old` in the channels where anything in it is infinite or NaN.
+
+    A micro-batch whose moments overflow, as those of values at 1e20 do, would leave a
+    moving average infinite for good: it moves none.
+
+    Args:
+        new, old: trees of statistics that belong together, ``[..., C]``.
+    """
+    finite = functools.reduce(
+        jnp.logical_and,
+        (
+            jnp.all(jnp.isfinite(leaf), axis=tuple(range(leaf.ndim - 1)))
+            for leaf in jax.tree.leaves(new)
+        ),
+    )
+    return jax.tree.map(lambda *leaves: jnp.where(finite, *leaves), new, old)
+
+
+class Unfiltered(Checked):
+    """Mixin for normalisers that use no prediction: their first step does nothing.
+
+    With it a network that calls `filter` and `normalize` apart serves them all.
+    """
+
+    def filter(self, x: Signal | jax.Array) -> Filtered:
+        """Returns `x` as it is."""
+        x = as_signal(x)
+        return Filtered(x.value, x.state)
+
+    def normalize(self, x: Filtered) -> Signal:
+        """Observes and normalises, all in the second step.
+
+        Raises:
+            ValueError: something else than `filter` returns.
+        """
+        refuse_unfiltered(self, x)
+        return self(x.signal)  # pyright: ignore[reportCallIssue]
+
+
+def refuse_unfiltered(norm: object, x: object) -> None:
+    """Raises a ValueError unless `x` is `Filtered`."""
+    if not isinstance(x, Filtered):
+        raise ValueError(
+            f"{type(norm).__name__}.normalize got {type(x).__name__}; expected what"
+            " its first step returns: norm.normalize(norm.filter(x)), or norm(x) for"
+            " both."
+        )
 
 
 class Normalizer(Affine, nn.Module):
@@ -85,8 +198,15 @@ class Normalizer(Affine, nn.Module):
 
 
 class RunningNormalizer(Running, Affine, nn.Module):
-    """Base of normalisers with the attributes of `nn.BatchNorm`, in its order, up to
-    `axis_name`."""
+    """Base of normalisers with the attributes of `nn.BatchNorm`, in its order.
+
+    Attributes:
+        use_fast_variance: accepted, and without effect: moments are always centred.
+        force_float32_reductions: accepted where true: statistics never have less.
+
+    Raises:
+        ValueError: float32 reductions are not wanted.
+    """
 
     use_running_average: bool | None = None
     axis: int = -1
@@ -98,7 +218,18 @@ class RunningNormalizer(Running, Affine, nn.Module):
     use_scale: bool = True
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-    axis_name: str | None = None
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    def __post_init__(self):
+        if self.force_float32_reductions is False:
+            raise ValueError(
+                f"{type(self).__name__} takes statistics in float32 or wider; leave out"
+                " force_float32_reductions=False, which nn.BatchNorm has for less."
+            )
+        super().__post_init__()
 
 
 def gradient_stat(

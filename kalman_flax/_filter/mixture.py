@@ -1,0 +1,25 @@
+"""The law of total variance, by which moments of parts make those of the whole."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kalman_flax._filter.state import KalmanState
+
+
+def second_moment(
+    state: KalmanState, centre: jax.Array | float, share: float = 1.0
+) -> jax.Array:
+    """E[(x - centre)^2] = var + (mean - centre)^2 of every part.
+
+    Its average over the parts of a whole, about the average of their means, is the
+    variance of the whole: the mean of the variances plus the variance of the means.
+
+    Args:
+        state: moments of the parts, of any shape.
+        centre: broadcastable to it.
+        share: where means and variances are averages that hold what counts by this
+            share: so is the square of the difference to.
+    """
+    return state.var + jnp.square(state.mean - centre) / share
