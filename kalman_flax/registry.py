@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,8 +137,8 @@ def normalization(
         **options: attributes of the normaliser.
 
     Raises:
-        ValueError: unknown name or attribute, both are listed; no number where the
-            default is one.
+        ValueError: unknown name or attribute, both are listed; a value that the
+            attribute cannot have.
     """
     stem, _, suffix = name.rpartition("_")
     kernel_map = KERNEL_MAPS.get(f"_{suffix}")
@@ -150,6 +151,9 @@ def normalization(
     if kernel_map is not None:
         conv = functools.partial(entry.conv, kernel_map=kernel_map)
         entry = entry._replace(conv=conv)
+    if "hand_on" in options:  # as the configs of old runs call it
+        warnings.warn("hand_on is propagate now", DeprecationWarning, stacklevel=2)
+        options["propagate"] = options.pop("hand_on")
     cls = entry.norm.func if isinstance(entry.norm, functools.partial) else entry.norm
     fields = {field.name: field for field in dataclasses.fields(cls)}
     del fields["parent"], fields["name"]
@@ -158,22 +162,9 @@ def normalization(
             f"{cls.__name__} ({name!r}) has no attribute {unknown};"
             f" it has {sorted(fields)}."
         )
-    for option, value in options.items():
-        _check_number(cls.__name__, fields[option], value)
     if "momentum" in fields:  # `nn.GroupNorm`, too, would take an axis
         shared = {"momentum": momentum, "axis_name": axis_name}
         options |= {name: shared[name] for name in fields.keys() & shared.keys()}
-    return entry._replace(norm=functools.partial(entry.norm, **options))
-
-
-def _check_number(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuses what no comparison with a number would bear, as text out of JSON."""
-    default, kind = field.default, str(field.type)
-    numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-    numeric |= kind in ("int | None", "float | None")
-    missing = value is None and "None" not in kind
-    if numeric and (missing or isinstance(value, (str, bool, list, dict))):
-        raise ValueError(
-            f"{owner}.{field.name} is {value!r}; expected a number (by default"
-            f" {default})."
-        )
+    norm = functools.partial(entry.norm, **options)
+    norm(parent=None)  # refuses what it cannot be
+    return entry._replace(norm=norm)

@@ -88,20 +88,21 @@ def test_presets():
         made(kf.normalization(name))
         for name in ("kalman", "kalman_paper", "kalman_released")
     )
-    assert (kalman.hand_on, kalman.rule, kalman.noise) == (
+    assert (kalman.propagate, kalman.rule, kalman.noise) == (
         "normalized",
         "mixture",
         None,
     )
-    assert (paper.hand_on, paper.rule, paper.noise) == ("raw", "paper", "additive")
-    assert (released.hand_on, released.rule, released.noise) == ("raw", "mixture", None)
+    assert (paper.propagate, paper.rule, paper.noise) == ("raw", "paper", "additive")
+    assert (released.propagate, released.rule) == ("raw", "mixture")
+    assert released.noise is None
     assert (paper.learn_gain, released.learn_gain) == ("scalar", None)
     assert (released.gain, released.outlier_ratio) == (0.1, 100.0)
 
 
 def test_options_set_attributes_and_override_presets():
-    norm = made(kf.normalization("kalman_paper_ws", gain=0.25, hand_on="normalized"))
-    assert (norm.gain, norm.hand_on, norm.rule) == (0.25, "normalized", "paper")
+    norm = made(kf.normalization("kalman_paper_ws", gain=0.25, propagate="normalized"))
+    assert (norm.gain, norm.propagate, norm.rule) == (0.25, "normalized", "paper")
     assert made(kf.normalization("group", num_groups=2)).num_groups == 2
 
 
@@ -119,7 +120,7 @@ def test_unknown_name_lists_the_known():
 
 
 @pytest.mark.parametrize(
-    "name, known", [("kalman_ws", "hand_on"), ("group", "num_groups")]
+    "name, known", [("kalman_ws", "propagate"), ("group", "num_groups")]
 )
 def test_unknown_attribute_lists_the_known(name, known):
     with pytest.raises(ValueError, match=rf"{name}.*gainn.*{known}"):
@@ -136,9 +137,7 @@ def test_unknown_attribute_lists_the_known(name, known):
     ],
 )
 def test_what_is_no_number_is_refused(name, option, value):
-    with pytest.raises(
-        ValueError, match=rf"\.{option} is {value!r}; expected a number"
-    ):
+    with pytest.raises(ValueError, match=rf"\.{option} is {value!r}; expected a"):
         kf.normalization(name, **{option: value})
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize, normalized_state
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import RunningNormalizer
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import RunningNormalizer, Unfiltered
+from kalman_flax.layers.signal import Signal
 
 
 class BatchRenorm(Unfiltered, RunningNormalizer):
@@ -56,19 +58,16 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
     r_steps: int = 40_000
     d_steps: int = 25_000
 
+    ranges: ClassVar = {"r_max": (1.0, math.inf), "d_max": (0.0, math.inf)}
+
     def __post_init__(self):
-        if self.r_max < 1.0 or self.d_max < 0.0:
-            raise ValueError(
-                f"r_max is {self.r_max} and d_max {self.d_max}; expected at least 1 and"
-                " 0, which are batch norm."
-            )
+        super().__post_init__()
         if not 0 <= self.warmup_steps <= min(self.r_steps, self.d_steps):
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, r_steps {self.r_steps} and"
                 f" d_steps {self.d_steps}; the bounds rise from warmup_steps, at least"
                 " 0, to r_steps and d_steps, so neither may come before it."
             )
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -89,11 +88,10 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = as_signal(x).value
-        channels = value.shape[self.axis]
-        state = running = self._running(channels)
+        value = self._value(x, mask)
+        state = running = self._running(value, self.axis)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
-        slope, offset = scale, bias = self._affine(channels)
+        slope, offset = scale, bias = self._affine(value.shape[self.axis])
 
         if not use_running_average:
             state = self._observe(value, axis=self.axis, mask=mask)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kalman_flax._filter.mixture import second_moment
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize, update
 from kalman_flax._kernels import hold
-from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.linear import Conv
-from kalman_flax.layers.normalizer import RunningNormalizer
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import RunningNormalizer, Unfiltered
+from kalman_flax.layers.signal import Signal
 
 _FAN_IN = (0, 1, 2)  # height, width and input channels of a kernel
 _Past = dict[str, jax.Array]  # what is kept of an iteration
@@ -64,38 +66,52 @@ class CrossIterationConv(Conv):
         if not isinstance(x, Signal):
             return super().__call__(x)
         y = super().__call__(x.value)
-        kernel = self.get_variable("params", "kernel")
-        if self.kernel_map is not None:
-            kernel = self.kernel_map(kernel)
-        kernel = jnp.asarray(kernel, jnp.float32)
+        kernel = self._kernel_used()
         mean, var = observe(y)
         patches, deviation = lax.stop_gradient((x.value, y - mean))
-        count = y.size // self.features
-
-        def mean_with_patches(cotangent: jax.Array) -> jax.Array:
-            """E[patch cotangent], the gradient of a convolution."""
-            features = cotangent.shape[-1]
-            conv = self.clone(
-                parent=None,
-                features=features,
-                use_bias=False,
-                kernel_map=None,
-                dtype=jnp.float32,
-                param_dtype=jnp.float32,
-            )
-
-            def convolve(kernel: jax.Array) -> jax.Array:
-                return conv.apply({"params": {"kernel": kernel}}, patches)
-
-            shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
-            return jax.linear_transpose(convolve, shape)(cotangent / count)[0]
-
         # Like `y`, so that they vary over the devices as it does: under shard_map a
         # transpose takes nothing else.
         ones = jnp.ones_like(y, jnp.float32, (*y.shape[:-1], self.feature_group_count))
-        mean_slope = mean_with_patches(ones)
-        var_slope = mean_with_patches(2.0 * deviation)
+        mean_slope = self._mean_with_patches(ones, patches, kernel)
+        var_slope = self._mean_with_patches(2.0 * deviation, patches, kernel)
         return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
+
+    def _kernel_used(self) -> jax.Array:
+        """What comes out of the kernel map, in float32."""
+        kernel = self.get_variable("params", "kernel")
+        if self.kernel_map is not None:
+            kernel = self.kernel_map(kernel)
+        return jnp.asarray(kernel, jnp.float32)
+
+    def _mean_with_patches(
+        self, factor: jax.Array, patches: jax.Array, kernel: jax.Array
+    ) -> jax.Array:
+        """E[patch factor], the gradient of a convolution by its kernel.
+
+        Args:
+            factor: ``[N, H', W', D]``, D the features or the groups.
+            patches: the input, ``[N, H, W, C]``.
+            kernel: ``[h, w, C / groups, features]``; only its shape matters.
+
+        Returns:
+            ``[h, w, C / groups, D]``.
+        """
+        features = factor.shape[-1]
+        conv = self.clone(
+            parent=None,
+            features=features,
+            use_bias=False,
+            kernel_map=None,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+        )
+
+        def convolve(kernel: jax.Array) -> jax.Array:
+            return conv.apply({"params": {"kernel": kernel}}, patches)
+
+        shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
+        count = factor.size // features
+        return jax.linear_transpose(convolve, shape)(factor / count)[0]
 
 
 class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
@@ -152,14 +168,7 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
     window: int = 4
     burn_in: int = 0
 
-    def __post_init__(self):
-        if self.window < 1 or self.burn_in < 0:
-            raise ValueError(
-                f"window is {self.window} and burn_in {self.burn_in}; expected a window"
-                " of at least 1, the current iteration alone, and a burn-in of 0 or"
-                " more steps."
-            )
-        super().__post_init__()
+    ranges: ClassVar = {"window": (1, math.inf), "burn_in": (0, math.inf)}
 
     @nn.compact
     def __call__(
@@ -175,10 +184,9 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = as_signal(x).value
-        channels = value.shape[self.axis]
-        observed = state = running = self._running(channels)
-        scale, bias = self._affine(channels)
+        value = self._value(x)
+        observed = state = running = self._running(value, self.axis)
+        scale, bias = self._affine(value.shape[self.axis])
 
         training = not use_running_average
         if training:
@@ -210,10 +218,13 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
         # All replicas know the latest mean, and the next one is close to it.
         latest = _remember(conv, reference=past[0].value["mu"])
         if self.axis_name is not None:
-            latest = lax.pmean(latest, self.axis_name)
+            latest = lax.pmean(
+                latest, self.axis_name, axis_index_groups=self.axis_index_groups
+            )
+        # A micro-batch whose moments overflow leaves a slot that does not count.
         for older, newer in reversed(list(zip(past[1:], past))):
             older.value = newer.value
-        past[0].value = latest
+        past[0].value = _finite_or_empty(latest, conv)
         steps.value += 1.0
         # Held as in KalmanNorm.
         return hold(update(predicted, observed, 1.0 / (count + 1)))
@@ -231,13 +242,21 @@ def _empty(conv: ConvState) -> _Past:
     }
 
 
+def _finite_or_empty(past: _Past, conv: ConvState) -> _Past:
+    """`past`, or a slot not yet filled where anything in it is infinite or NaN."""
+    finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in past.values()])
+    return jax.tree.map(
+        functools.partial(jnp.where, jnp.all(finite)), past, _empty(conv)
+    )
+
+
 def _remember(conv: ConvState, reference: jax.Array) -> _Past:
     """mu, nu = E[(x - reference)^2] and their slopes, constants to the gradient."""
     offset = conv.mean - reference
     mu_slope = _per_channel(conv.mean_slope, conv.kernel)
     past = {
         "mu": conv.mean,
-        "nu": conv.var + jnp.square(offset),
+        "nu": second_moment(KalmanState(conv.mean, conv.var), reference),
         "reference": reference,
         "mu_slope": conv.mean_slope,
         "nu_slope": conv.var_slope + 2.0 * offset * mu_slope,
@@ -265,7 +284,8 @@ def _average(states: list[KalmanState]) -> tuple[KalmanState, jax.Array]:
         return jnp.sum(jnp.where(valid, stat, 0.0), axis=0) / jnp.maximum(count, 1.0)
 
     centre = average(mean)
-    return KalmanState(centre, average(var + jnp.square(mean - centre))), count
+    spread = average(second_moment(KalmanState(mean, var), centre))
+    return KalmanState(centre, spread), count
 
 
 def _per_channel(slope: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,8 @@ import jax.numpy as jnp
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer, Running
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import Normalizer, Running, Unfiltered
+from kalman_flax.layers.signal import Signal
 
 
 class _EvoNorm(Unfiltered, Normalizer):
@@ -35,11 +37,11 @@ class _EvoNorm(Unfiltered, Normalizer):
         Returns:
             A Signal of unknown state for a Signal, an array for an array.
         """
-        value = as_signal(x).value
+        value = self._value(x, mask)
         shape, ones = value.shape[-1:], nn.initializers.ones
         v = self.param("nonlinearity_scale", ones, shape, self.param_dtype)
         scale, bias = self._affine(value.shape[-1])
-        wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        wide = value.astype(jnp.result_type(value, jnp.float32))
         y = self._activate(wide, v, use_running_average, mask) * scale + bias
         return self._output(x, y, v, scale, bias)
 
@@ -69,7 +71,8 @@ class EvoNormB0(Running, _EvoNorm):
     """
 
     momentum: float = 0.99
-    axis_name: str | None = None
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
 
     def _activate(
         self,
@@ -81,7 +84,7 @@ class EvoNormB0(Running, _EvoNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        batch = running = self._running(x.shape[-1])
+        batch = running = self._running(x)
         if not use_running_average:
             batch = self._observe(x, mask=mask)
             self._move_running(running, batch)
@@ -115,13 +118,6 @@ class EvoNormS0(_EvoNorm):
     """
 
     num_groups: int = 32
-
-    def __post_init__(self):
-        if self.num_groups < 1:
-            raise ValueError(
-                f"num_groups is {self.num_groups}; expected a divisor of the channels."
-            )
-        super().__post_init__()
 
     def _activate(
         self,

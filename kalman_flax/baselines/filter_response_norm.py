@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.mixture import second_moment
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import Normalizer, Unfiltered
+from kalman_flax.layers.signal import Signal
 
 
 class FilterResponseNorm(Unfiltered, Normalizer):
@@ -31,24 +31,20 @@ class FilterResponseNorm(Unfiltered, Normalizer):
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
         epsilon: added to nu2, above 0.
-        learn_epsilon: adds to `epsilon` the absolute value of a learned scalar, the
-            parameter ``epsilon``, from 1e-4. For networks with maps of 1x1, where a
-            tiny epsilon leaves of x no more than its sign.
 
     Raises:
         ValueError: an epsilon that is not above 0.
     """
 
     epsilon: float = 1e-6
-    learn_epsilon: bool = False
 
     def __post_init__(self):
-        if not self.epsilon > 0.0:
-            raise ValueError(
-                f"epsilon is {self.epsilon}; expected a number above 0, without which"
-                " a map of zeros gives NaN."
-            )
         super().__post_init__()
+        if self.epsilon == 0.0:
+            raise ValueError(
+                "epsilon is 0; expected a number above 0, without which a map of zeros"
+                " gives NaN."
+            )
 
     @nn.compact
     def __call__(
@@ -68,15 +64,11 @@ class FilterResponseNorm(Unfiltered, Normalizer):
         Returns:
             A Signal of unknown state for a Signal, an array for an array.
         """
-        value = as_signal(x).value
+        value = self._value(x, mask)
         shape, zeros = value.shape[-1:], nn.initializers.zeros
         scale, bias = self._affine(value.shape[-1])
         threshold = self.param("threshold", zeros, shape, self.param_dtype)
-        epsilon = self.epsilon
-        if self.learn_epsilon:
-            init = nn.initializers.constant(1e-4)
-            epsilon += jnp.abs(self.param("epsilon", init, (), jnp.float32))
-        mean, var = observe(value, "instance", mask=mask)
-        square = KalmanState(0.0, jnp.square(mean) + var)
-        y = normalize(value, square, scale, bias, epsilon=epsilon)
+        square = second_moment(observe(value, "instance", mask=mask), 0.0)
+        state = KalmanState(0.0, square)
+        y = normalize(value, state, scale, bias, epsilon=self.epsilon)
         return self._output(x, jnp.maximum(y, threshold), scale, bias, threshold)

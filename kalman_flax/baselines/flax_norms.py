@@ -7,24 +7,10 @@ import jax
 from jax import lax
 
 from kalman_flax._filter.predict import predict_affine
-from kalman_flax._filter.state import for_channels
+from kalman_flax._filter.state import KalmanState, for_channels
 from kalman_flax._filter.update import normalized_state
-from kalman_flax.layers.signal import Signal, as_signal, state_of
-
-
-class Unfiltered:
-    """Mixin for normalisers that use no prediction: their first step does nothing.
-
-    With it a network that calls `filter` and `normalize` apart serves them all.
-    """
-
-    def filter(self, x: Signal | jax.Array) -> Signal:
-        """Returns `x` as it is."""
-        return as_signal(x)
-
-    def normalize(self, x: Signal) -> Signal:
-        """Observes and normalises, all in the second step."""
-        return self(x)
+from kalman_flax.layers.normalizer import Unfiltered, finite_or_old
+from kalman_flax.layers.signal import Signal, state_of
 
 
 class BatchNorm(Unfiltered, nn.BatchNorm):
@@ -38,7 +24,8 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
 
     `nn.BatchNorm` over Signals: attributes, variables and values are Flax's. It hands
     on the moments of its output, bias and scale^2. The variance takes two centred
-    passes: Flax's default is 0 for data at 1e4 +- 1.
+    passes: Flax's default is 0 for data at 1e4 +- 1. Moments that overflow do not move
+    the running ones.
     """
 
     use_fast_variance: bool = False
@@ -51,13 +38,26 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.BatchNorm.__call__`; a Signal gives a Signal."""
-        value = super().__call__(as_signal(x).value, use_running_average, mask=mask)
+        value, old = self._value(x, mask), self._moments()
+        if not (self.use_running_average or use_running_average):
+            self._check_batch(value)
+        value = super().__call__(value, use_running_average, mask=mask)
+        if old is not None and self.is_mutable_collection("batch_stats"):
+            for name, stat in finite_or_old(self._moments(), old)._asdict().items():
+                self.put_variable("batch_stats", name, stat)
         if not isinstance(x, Signal):
             return value
         bias = self.get_variable("params", "bias", 0.0)
         scale = self.get_variable("params", "scale", 1.0)
         channels = value.shape[self.axis]
         return Signal(value, for_channels(normalized_state(scale, bias), channels))
+
+    def _moments(self) -> KalmanState | None:
+        """The running moments, as they are; None before initialisation."""
+        if not self.has_variable("batch_stats", "mean"):
+            return None
+        mean, var = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
+        return KalmanState(mean, var)
 
 
 class GroupNorm(Unfiltered, nn.GroupNorm):
@@ -88,7 +88,7 @@ class GroupNorm(Unfiltered, nn.GroupNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.GroupNorm.__call__`; a Signal gives a Signal."""
-        value = super().__call__(as_signal(x).value, mask=mask)
+        value = super().__call__(self._value(x, mask), mask=mask)
         return Signal(value) if isinstance(x, Signal) else value
 
 
@@ -150,8 +150,7 @@ class FrozenBatchNorm(BatchNorm):
         state = state_of(x, self.axis) if isinstance(x, Signal) else None
         if state is None:
             return Signal(y.value) if isinstance(x, Signal) else y
-        mean = self.get_variable("batch_stats", "mean")
-        var = self.get_variable("batch_stats", "var")
+        mean, var = self._moments()
         slope = lax.rsqrt(var + self.epsilon)
         slope *= self.get_variable("params", "scale", 1.0)
         offset = self.get_variable("params", "bias", 0.0) - slope * mean

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,9 +14,13 @@ from jax import lax
 
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer, gradient_stat
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import (
+    Normalizer,
+    Unfiltered,
+    finite_or_old,
+    gradient_stat,
+)
+from kalman_flax.layers.signal import Signal
 
 
 class MovingAverageBatchNorm(Unfiltered, Normalizer):
@@ -56,28 +63,23 @@ class MovingAverageBatchNorm(Unfiltered, Normalizer):
         max_renorm: limit of r, and inverse of the lower one.
 
     Raises:
-        ValueError: a window below 1, or max_renorm below 1.
+        ValueError: an attribute outside its range.
     """
 
     axis: int = -1
     momentum: float = 0.98
-    axis_name: str | None = None
+    axis_name: str | Sequence[str] | None = None
     window: int = 16
     warmup_steps: int = 100
     renorm_warmup_steps: int = 1000
     max_renorm: float = 5.0
 
-    def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(
-                f"window is {self.window}; expected at least 1, the micro-batch itself."
-            )
-        if self.max_renorm < 1.0:
-            raise ValueError(
-                f"max_renorm is {self.max_renorm}; expected at least 1, which keeps r"
-                " at 1."
-            )
-        super().__post_init__()
+    ranges: ClassVar = {
+        "window": (1, math.inf),
+        "warmup_steps": (0, math.inf),
+        "renorm_warmup_steps": (0, math.inf),
+        "max_renorm": (1.0, math.inf),
+    }
 
     @nn.compact
     def __call__(
@@ -93,25 +95,25 @@ class MovingAverageBatchNorm(Unfiltered, Normalizer):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = jnp.moveaxis(as_signal(x).value, self.axis, -1)
+        value = jnp.moveaxis(self._value(x), self.axis, -1)
         shape, slots = value.shape[-1:], (self.window, value.shape[-1])
+        wide = jnp.result_type(value, jnp.float32)
         scale, bias = self._affine(value.shape[-1])
-        running = self.variable(
-            "batch_stats", "mean_square", jnp.ones, shape, jnp.float32
-        )
-        history = self.variable("batch_stats", "history", jnp.zeros, slots, jnp.float32)
+        running = self.variable("batch_stats", "mean_square", jnp.ones, shape, wide)
+        history = self.variable("batch_stats", "history", jnp.zeros, slots, wide)
         step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.float32)
         projections = gradient_stat(self, "history", slots, value)
 
         if inference:
             z = normalize(value, KalmanState(0.0, running.value), epsilon=self.epsilon)
         else:
+            self._check_batch(jnp.moveaxis(value, -1, self.axis))
             # From 1, as in the original; rounded, because replicas average it.
             count = jnp.round(step.value) + 1.0
             slot = count.astype(jnp.int32) % self.window
             alone = (count <= self.window) | (count < self.warmup_steps)
             axis_name = None if self.is_initializing() else self.axis_name
-            square = jnp.square(lax.stop_gradient(value).astype(jnp.float32))
+            square = jnp.square(lax.stop_gradient(value).astype(wide))
             squares, mean_square = _move(
                 history.value, _mean(square, axis_name), slot, alone
             )
@@ -120,8 +122,10 @@ class MovingAverageBatchNorm(Unfiltered, Normalizer):
             z *= self._renorm(mean_square, running.value, count)
             if not self.is_initializing():
                 kept = self.momentum
-                running.value = kept * running.value + (1 - kept) * mean_square
-                history.value = squares
+                moved = kept * running.value + (1 - kept) * mean_square
+                running.value, history.value = finite_or_old(
+                    (moved, squares), (running.value, history.value)
+                )
                 step.value = count
 
         y = jnp.moveaxis(z * scale + bias, -1, self.axis)

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax._filter.observe import observe
-from kalman_flax._filter.state import KalmanState, check_choice
+from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
 from kalman_flax._kernels import hold
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import Normalizer, gradient_stat
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import (
+    Normalizer,
+    Unfiltered,
+    finite_or_old,
+    gradient_stat,
+)
+from kalman_flax.layers.signal import Signal
 
 
 class OnlineNorm(Unfiltered, Normalizer):
@@ -51,31 +55,26 @@ class OnlineNorm(Unfiltered, Normalizer):
         epsilon: added to the variance, and to the mean square of layer scaling.
         alpha_forward: decay of mean and variance at each image.
         alpha_backward: the same of the errors in the gradient.
-        error_control: ``"layer_scaling"``; ``"clamp"``, the authors' later and cheaper
-            remedy for errors of the estimates: values end at +- `clamp_value`; or None.
-        clamp_value: see there.
+        layer_scaling: divide the output by its root mean square; without it this is
+            the paper's algorithm alone, whose errors grow from layer to layer.
 
     Raises:
-        ValueError: a decay outside [0, 1), or an unknown error_control.
+        ValueError: a decay outside [0, 1).
     """
 
     axis: int = -1
     alpha_forward: float = 0.999
     alpha_backward: float = 0.99
-    error_control: str | None = "layer_scaling"
-    clamp_value: float = 5.0
+    layer_scaling: bool = True
 
     def __post_init__(self):
-        check_choice(
-            "error_control", self.error_control, ("layer_scaling", "clamp", None)
-        )
+        super().__post_init__()
         for name in ("alpha_forward", "alpha_backward"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; expected a number in [0, 1),"
                     " usually just below 1."
                 )
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -91,20 +90,17 @@ class OnlineNorm(Unfiltered, Normalizer):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = jnp.moveaxis(as_signal(x).value, self.axis, -1)
+        value = jnp.moveaxis(self._value(x), self.axis, -1)
         shape = value.shape[-1:]
         scale, bias = self._affine(value.shape[-1])
         # Not called mean and var: `merge_running` would add the variance between the
         # replicas by the weight of a micro-batch, but here each image has its own.
-        mean = self.variable(
-            "batch_stats", "streaming_mean", jnp.zeros, shape, jnp.float32
-        )
-        var = self.variable(
-            "batch_stats", "streaming_var", jnp.ones, shape, jnp.float32
-        )
+        wide = jnp.result_type(value, jnp.float32)
+        mean = self.variable("batch_stats", "streaming_mean", jnp.zeros, shape, wide)
+        var = self.variable("batch_stats", "streaming_var", jnp.ones, shape, wide)
         u, v = (gradient_stat(self, name, shape, value) for name in ("u", "v"))
 
-        y = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        y = value.astype(wide)
         state = KalmanState(mean.value, var.value)
         if inference:
             y = normalize(y, state, epsilon=self.epsilon)
@@ -114,15 +110,13 @@ class OnlineNorm(Unfiltered, Normalizer):
             y = normalize(y, before, epsilon=self.epsilon)
             y = _control_projection(y, v, self.alpha_backward)
             if not self.is_initializing():
-                mean.value, var.value = after
+                mean.value, var.value = finite_or_old(after, state)
 
         y = y * scale + bias
-        if self.error_control == "layer_scaling":
+        if self.layer_scaling:
             axes = tuple(range(1, y.ndim))
             square = jnp.mean(jnp.square(y), axes, keepdims=True)
             y *= lax.rsqrt(square + self.epsilon)
-        elif self.error_control == "clamp":
-            y = jnp.clip(y, -self.clamp_value, self.clamp_value)
         return self._output(x, jnp.moveaxis(y, -1, self.axis), scale, bias)
 
 

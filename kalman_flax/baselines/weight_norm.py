@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kalman_flax._filter.predict import predict_affine
-from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.normalizer import Unfiltered
 from kalman_flax.layers.signal import Signal, through
 
 _HALF = nn.initializers.constant(0.5)
@@ -89,7 +89,7 @@ class Bias(Unfiltered, nn.Module):
         self, x: Signal | jax.Array, use_running_average: bool | None = None
     ) -> Signal | jax.Array:
         """Adds the bias to ``[..., C]``; a Signal gives a Signal."""
-        channels = jnp.shape(x.value if isinstance(x, Signal) else x)[-1]
+        channels = self._value(x).shape[-1]
         bias = self.param("bias", self.bias_init, (channels,), self.param_dtype)
 
         def move_value(value: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import update
+from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import Signal, as_signal
 
 
@@ -52,42 +53,76 @@ def weigh_example(weight: jax.Array | float) -> Iterator[None]:
     """
     if isinstance(weight, (int, float)) and not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight is {weight}; expected a number in [0, 1].")
-    inside = False  # of a normaliser: what it calls of its own is left alone
-
-    def weigh(
-        method: Callable[..., Any], args: Any, kwargs: Any, context: Any
-    ) -> Signal | jax.Array:
-        nonlocal inside
-        name, module = context.method_name, context.module
-        if inside or name not in ("__call__", "filter", "normalize"):
-            return method(*args, **kwargs)
-        if module.is_initializing() or not _keeps_moments(module):
-            return method(*args, **kwargs)
-        inside = True
-        try:
-            y = _infer(module, name, weight, *args, **kwargs)
-        finally:
-            inside = False
-        return y
-
-    with nn.intercept_methods(weigh):
+    with nn.intercept_methods(_Weigher(weight)):
         yield
 
 
+class _Weigher:
+    """Intercepts the outermost calls of normalisers that keep running moments."""
+
+    def __init__(self, weight: jax.Array | float):
+        self.weight = weight
+        self.inside = False  # of a normaliser: what it calls of its own is left alone
+
+    def __call__(
+        self,
+        method: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        name, module = context.method_name, context.module
+        steps = {"__call__": _infer, "filter": _only_observe, "normalize": _infer}
+        if self.inside or name not in steps or not _keeps_moments(module):
+            return method(*args, **kwargs)
+        self.inside = True
+        try:
+            return steps[name](module, self.weight, *args, **kwargs)
+        finally:
+            self.inside = False
+
+
 def _keeps_moments(module: nn.Module) -> bool:
-    return {"mean", "var"} <= set(module.variables.get("batch_stats", {}))
+    stats = module.variables.get("batch_stats", {})
+    return not module.is_initializing() and {"mean", "var"} <= set(stats)
+
+
+def _only_observe(
+    module: nn.Module,
+    weight: jax.Array | float,
+    x: Signal | jax.Array,
+    use_running_average: bool | None = None,
+    **_: Any,
+) -> Filtered:
+    """In the place of the first step: the second one does all."""
+    _refuse_training(module, use_running_average)
+    return Filtered(as_signal(x).value, None)
 
 
 def _infer(
     module: nn.Module,
-    method: str,
     weight: jax.Array | float,
-    x: Signal | jax.Array,
+    x: Signal | Filtered | jax.Array,
     use_running_average: bool | None = None,
     *,
     mask: jax.Array | None = None,
 ) -> Signal | jax.Array:
-    """What `method` of a normaliser returns, with the example weighed in."""
+    """In the place of the call: each example by statistics of its own."""
+    _refuse_training(module, use_running_average)
+    value = x if isinstance(x, jax.Array) else x.value
+    states = _weigh(module, weight, value, mask)
+    variables = module.variables
+    unbound = module.clone(use_running_average=True, name=None)
+
+    def infer(example: jax.Array, state: KalmanState) -> jax.Array:
+        stats = {**variables["batch_stats"], **state._asdict()}
+        return unbound.apply({**variables, "batch_stats": stats}, example[None])[0]
+
+    value = jax.vmap(infer)(value, states)
+    return Signal(value) if isinstance(x, Signal | Filtered) else value
+
+
+def _refuse_training(module: nn.Module, use_running_average: bool | None) -> None:
     if use_running_average is None:
         use_running_average = module.use_running_average
     if use_running_average is False:
@@ -95,21 +130,18 @@ def _infer(
             "weigh_example is for inference, but this is a training pass; call the"
             " network with use_running_average=True."
         )
-    value = as_signal(x).value
-    if method == "filter":
-        return Signal(value)  # all in the second step
-    variables = module.variables
-    stats = variables["batch_stats"]
-    states = update(
+
+
+def _weigh(
+    module: nn.Module,
+    weight: jax.Array | float,
+    value: jax.Array,
+    mask: jax.Array | None,
+) -> KalmanState:
+    """The running moments moved towards those of each example, ``[N, C]``."""
+    stats = module.variables["batch_stats"]
+    return update(
         KalmanState(stats["mean"], stats["var"]),
         observe(value, over="instance", axis=getattr(module, "axis", -1), mask=mask),
         weight,
     )
-    unbound = module.clone(use_running_average=True, name=None)
-
-    def infer(example: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
-        weighed = {**stats, "mean": mean, "var": var}
-        return unbound.apply({**variables, "batch_stats": weighed}, example[None])[0]
-
-    value = jax.vmap(infer)(value, *states)
-    return Signal(value) if isinstance(x, Signal) else value

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
+from kalman_flax._filter.mixture import second_moment
+from kalman_flax._filter.state import KalmanState
+
 
 def merge_running(
     batch_stats: Any, momentum: float, axis_name: str | None = None
@@ -42,9 +45,8 @@ def merge_running(
     variances = {path: stat for path, stat in flat.items() if path[-1] == "var"}
     merged = mean({path: flat[path] for path in flat.keys() - variances.keys()})
     for path in variances:
-        # The variance of the averages is (1 - momentum)^2 that of the means, but is to
-        # count (1 - momentum) times.
+        # The averages hold the new moments of each by a share of 1 - momentum.
         of_mean = (*path[:-1], "mean")
-        spread = jnp.square(flat[of_mean] - merged[of_mean])
-        variances[path] += spread / (1.0 - momentum)
+        state = KalmanState(flat[of_mean], variances[path])
+        variances[path] = second_moment(state, merged[of_mean], 1.0 - momentum)
     return traverse_util.unflatten_dict(merged | mean(variances))

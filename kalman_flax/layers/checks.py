@@ -71,9 +71,7 @@ class Checked:
                 )
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _value(
-        self, x: Signal | jax.Array, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def _value(self, x: Signal | jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """The value of `x`, with 0 where a mask hides what is infinite or NaN.
 
         That does not count, but 0 times it would be NaN in the gradients.
@@ -193,7 +191,7 @@ def _is_float(dtype: Any, *, optional: bool) -> bool:
 
 
 _LIBRARIES = tuple(
-    str(Path(file).parent) for file in (jax.__file__, flax.__file__, kalman_flax.__file__)
+    str(Path(library.__file__ or "").parent) for library in (jax, flax, kalman_flax)
 )
 
 

@@ -21,7 +21,7 @@ from kalman_flax.layers.kalman_norm import (
     Parameters,
     Propagate,
 )
-from kalman_flax.layers.normalizer import Filtered, refuse_unfiltered
+from kalman_flax.layers.normalizer import Filtered, filtered_moments
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
 
@@ -53,8 +53,8 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             and unused.
         axis: of the channels.
         gain, learn_gain, noise: as in `KalmanNorm`.
-        propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the filtered
-            moments of the input, those of the group for every channel.
+        propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the
+            filtered moments of the input, those of the group for every channel.
 
     Raises:
         ValueError: an option that `KalmanNorm` refuses; a number of groups below 1, or
@@ -118,13 +118,13 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         Raises:
             ValueError: something else than `filter` returns.
         """
-        refuse_unfiltered(self, x)
+        moments = filtered_moments(self, x)
         *_, scale, bias = self._variables(x.value.shape[self.axis])
-        state = group = predict_group(x.moments, self.num_groups)
+        state = group = predict_group(moments, self.num_groups)
         y = normalize(x.value, group, scale, bias, epsilon=self.epsilon, axis=self.axis)
         if self.propagate == "normalized":
             slope = scale * lax.rsqrt(group.var + self.epsilon)
-            centred = KalmanState(x.moments.mean - group.mean, x.moments.var)
+            centred = KalmanState(moments.mean - group.mean, moments.var)
             state = predict_affine(centred, slope, bias)
         return self._output(x, y, scale, bias, state=state)
 

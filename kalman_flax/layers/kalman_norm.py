@@ -25,7 +25,7 @@ from kalman_flax.layers.normalizer import (
     Affine,
     Filtered,
     RunningNormalizer,
-    refuse_unfiltered,
+    filtered_moments,
 )
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
@@ -210,18 +210,11 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         Raises:
             ValueError: something else than `filter` returns.
         """
-        refuse_unfiltered(self, x)
-        if x.moments is None:
-            raise ValueError(
-                "KalmanNorm.normalize got a value without moments, from the first step"
-                " of a normaliser that observes in its second; expected that of its own."
-            )
+        state = filtered_moments(self, x)
         (*_, scale, bias), _ = self._variables(x.value)
-        y = normalize(
-            x.value, x.moments, scale, bias, epsilon=self.epsilon, axis=self.axis
-        )
-        normalized = self.propagate == "normalized"
-        state = normalized_state(scale, bias) if normalized else x.moments
+        y = normalize(x.value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
+        if self.propagate == "normalized":
+            state = normalized_state(scale, bias)
         return self._output(x, y, scale, bias, state=state)
 
     def _predicted(self, x: Signal) -> KalmanState | None:

@@ -170,11 +170,11 @@ class Unfiltered(Checked):
         Raises:
             ValueError: something else than `filter` returns.
         """
-        refuse_unfiltered(self, x)
+        check_filtered(self, x)
         return self(x.signal)  # pyright: ignore[reportCallIssue]
 
 
-def refuse_unfiltered(norm: object, x: object) -> None:
+def check_filtered(norm: object, x: object) -> None:
     """Raises a ValueError unless `x` is `Filtered`."""
     if not isinstance(x, Filtered):
         raise ValueError(
@@ -182,6 +182,22 @@ def refuse_unfiltered(norm: object, x: object) -> None:
             " its first step returns: norm.normalize(norm.filter(x)), or norm(x) for"
             " both."
         )
+
+
+def filtered_moments(norm: object, x: object) -> KalmanState:
+    """The moments of what `filter` of a Kalman normaliser returned.
+
+    Raises:
+        ValueError: something else came, or from a normaliser that does not filter.
+    """
+    check_filtered(norm, x)
+    if x.moments is None:
+        raise ValueError(
+            f"{type(norm).__name__}.normalize got a value without moments, from the"
+            " first step of a normaliser that observes in its second; expected that of"
+            " its own."
+        )
+    return x.moments
 
 
 class Normalizer(Affine, nn.Module):

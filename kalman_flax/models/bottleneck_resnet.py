@@ -69,7 +69,7 @@ class BottleneckResNet(Network):
             ResNet-101.
         width: inner channels of the first stage's blocks, doubled stage by stage.
         stride_in_1x1: the first 1x1 convolution of a block strides, and not the 3x3:
-            the original.
+            the original, whose published weights detectors start from.
         zero_init_last_scale: each block's last scale starts at 0 (Goyal et al., 2017,
             section 5.1), so that the block starts as its shortcut. The normaliser has
             to have a scale.

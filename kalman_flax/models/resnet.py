@@ -40,8 +40,8 @@ class Block(nn.Module):
             y = x
         else:
             norm = self.norm(name="norm1")
-            x = norm.filter(x)
-            y = self.activation(norm.normalize(x))
+            filtered = norm.filter(x)
+            x, y = filtered.signal, self.activation(norm.normalize(filtered))
         y = conv(strides=self.strides, name="conv1")(y)
         y = self.activation(self.norm(name="norm2")(y))
         y = conv(name="conv2")(y)

@@ -210,7 +210,7 @@ def test_dtype_of_half_precision(cls, x):
 
 
 def test_group_counts_that_do_not_fit_are_refused(x):
-    with pytest.raises(ValueError, match=r"num_groups is 0.*divisor"):
+    with pytest.raises(ValueError, match=r"num_groups is 0.*whole number"):
         EvoNormS0(num_groups=0)
     with pytest.raises(ValueError, match=r"num_groups is 32.* 4 channels.*divisor"):
         EvoNormS0().init(KEY, jnp.float32(x))

@@ -76,8 +76,8 @@ class Net(nn.Module):
         x = conv(name="conv1")(kf.Signal(images, input_state))
         x = activation(norm(name="norm1")(x))
         norm2 = norm(name="norm2")
-        x = norm2.filter(conv(name="conv2")(x) + x)
-        x = kf.global_avg_pool(activation(norm2.normalize(x)))
+        filtered = norm2.filter(conv(name="conv2")(x) + x)
+        x = kf.global_avg_pool(activation(norm2.normalize(filtered)))
         return kf.Dense(CLASSES)(x).value.astype(jnp.float32)
 
 

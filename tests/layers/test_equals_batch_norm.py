@@ -21,7 +21,7 @@ WAYS = {
         {"gain": 1.0, "learn_gain": None},
     ),
     "unknown state": (Signal, {"noise": "additive", "outlier_ratio": 100.0}),
-    "plain array": (lambda x: x, {"learn_gain": "channel", "hand_on": "raw"}),
+    "plain array": (lambda x: x, {"learn_gain": "channel", "propagate": "raw"}),
 }
 OPTIONS = {
     "default": {},

@@ -154,7 +154,7 @@ def test_hands_on_the_filtered_moments_of_each_channel():
 
 def test_raw_hands_on_the_filtered_moments_of_the_group():
     predicted = PREDICTED["[N, C]"]
-    norm = GroupKalmanNorm(**FIXED, gain=0.3, hand_on="raw")
+    norm = GroupKalmanNorm(**FIXED, gain=0.3, propagate="raw")
     y = apply(norm, Signal(jnp.float32(X), state(predicted)), PARAMS)
     assert_state(y.state, filtered_group(X, predicted, 0.3))
 
@@ -216,11 +216,11 @@ class _Taking(nn.Module):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"num_groups": 0}, r"num_groups is 0.*divisor"),
+    ({"num_groups": 0}, r"num_groups is 0.*whole number"),
     ({"gain": 1.5}, r"gain is 1.5.*\[0, 1\]"),
     ({"gain": 1.0}, r"gain is 1.0.*learn_gain=None"),
     ({"noise": "white"}, r"noise is 'white'.*'additive', 'multiplicative'"),
-    ({"hand_on": "output"}, r"hand_on is 'output'.*'normalized', 'raw'"),
+    ({"propagate": "output"}, r"propagate is 'output'.*'normalized', 'raw'"),
 ], ids=str)  # fmt: skip
 def test_bad_options_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def assert_state(actual, mean, var):
 def test_normalises_by_the_filtered_moments(gain, rule, x):
     norm = kf.KalmanNorm(**TRAIN, gain=gain, learn_gain=None, rule=rule)
     mean, var = filtered(x, gain, rule)
-    state = apply(norm, x, method="filter")[0].state
+    state = apply(norm, x, method="filter")[0].moments
     assert_state(state, mean, var)
     expected = (np.asarray(x.value) - mean) / np.sqrt(var + EPSILON)
     np.testing.assert_allclose(apply(norm, x)[0].value, expected, rtol=1e-4, atol=1e-4)
@@ -80,7 +80,7 @@ def test_gain_is_learned_as_a_logit(gain, learn_gain, shape, x):
     chex.assert_shape(logit, shape)
     np.testing.assert_allclose(jax.nn.sigmoid(logit), np.full(shape, gain), rtol=1e-6)
     assert_state(
-        apply(norm, x, variables, method="filter")[0].state, *filtered(x, gain)
+        apply(norm, x, variables, method="filter")[0].moments, *filtered(x, gain)
     )
 
     def loss(params):
@@ -95,7 +95,7 @@ def test_gain_of_each_channel_weighs_its_own(x):
     variables = norm.init(KEY, x)
     gain = np.array([0.2, 0.5, 0.9])
     variables["params"]["gain"] = jnp.log(gain / (1 - gain))
-    state = apply(norm, x, variables, method="filter")[0].state
+    state = apply(norm, x, variables, method="filter")[0].moments
     assert_state(state, *filtered(x, gain))
 
 
@@ -108,14 +108,14 @@ def test_gain_that_falls(x):
     for share in (1.0, 0.75, 0.25, 0.0, 0.0):
         norm.apply(variables, x, use_running_average=True)
         y, stats = apply(norm, x, variables, **TRAIN, method="filter")
-        assert_state(y.state, *filtered(x, 0.4 * share))
+        assert_state(y.moments, *filtered(x, 0.4 * share))
         variables = variables | {"batch_stats": stats}
 
 
 def test_default_has_the_parameters_of_batch_norm_and_a_fixed_gain(x):
     norm = kf.KalmanNorm(**TRAIN)
     assert set(norm.init(KEY, x)["params"]) == {"scale", "bias"}
-    state = apply(norm, x, method="filter")[0].state
+    state = apply(norm, x, method="filter")[0].moments
     assert_state(state, *filtered(x, 0.02))
 
 
@@ -132,7 +132,7 @@ def test_process_noise(noise, at_init, after, at_three, x):
     chex.assert_shape(variables["params"]["noise"], (3,))
 
     def state(variables):
-        return apply(norm, x, variables, method="filter")[0].state
+        return apply(norm, x, variables, method="filter")[0].moments
 
     assert_state(state(variables), *filtered(x, 0.3, **at_init))
     variables["params"]["noise"] = jnp.array([3.0, 3.0, 3.0])
@@ -146,9 +146,9 @@ def test_process_noise(noise, at_init, after, at_three, x):
 def test_state_handed_on(train, use_scale, use_bias, x):
     scale, bias = np.array([0.5, 1.0, 2.0]), np.array([-1.0, 0.0, 3.0])
 
-    def run(hand_on):
+    def run(propagate):
         norm = kf.KalmanNorm(
-            not train, hand_on=hand_on, use_scale=use_scale, use_bias=use_bias,
+            not train, propagate=propagate, use_scale=use_scale, use_bias=use_bias,
             gain=0.3,
         )  # fmt: skip
         params = {"scale": scale} if use_scale else {}
@@ -179,7 +179,7 @@ def test_outliers_are_rejected_for_all_channels_together(x):
 
     def state(ratio):
         x_ = x.replace(state=KalmanState(STATE.mean, ratio * observed(x)[1]))
-        return x_, apply(norm, x_, method="filter")[0].state
+        return x_, apply(norm, x_, method="filter")[0].moments
 
     x_, kept = state(np.array([290.0, 5.0, 0.1]))  # on average below 100
     assert_state(kept, *filtered(x_, 0.3))
@@ -195,8 +195,8 @@ class TwoSteps(nn.Module):
     @nn.compact
     def __call__(self, x):
         norm = kf.KalmanNorm(not self.train, noise="additive", name="norm")
-        x = norm.filter(x)
-        return norm.normalize(x), x
+        filtered = norm.filter(x)
+        return norm.normalize(filtered), filtered.signal
 
 
 class OneStep(nn.Module):
@@ -221,7 +221,7 @@ def test_filtered_state_in_inference_is_the_running_statistics(x):
     norm = kf.KalmanNorm(use_running_average=True)
     stats = {"mean": jnp.arange(3.0), "var": jnp.arange(3.0) + 1}
     variables = {**norm.init(KEY, x), "batch_stats": stats}
-    state = norm.apply(variables, x, method="filter").state
+    state = norm.apply(variables, x, method="filter").moments
     assert_state(state, stats["mean"], stats["var"])
 
 
@@ -259,7 +259,7 @@ def test_presets(preset, params, x):
     ({"decay_steps": 0}, r"decay_steps is 0.*training steps"),
     ({"noise": "white"}, r"noise is 'white'.*'additive', 'multiplicative'"),
     ({"rule": "exact"}, r"rule is 'exact'.*'mixture', 'paper'"),
-    ({"hand_on": "output"}, r"hand_on is 'output'.*'normalized', 'raw'"),
+    ({"propagate": "output"}, r"propagate is 'output'.*'normalized', 'raw'"),
 ], ids=str)  # fmt: skip
 def test_bad_options_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):

@@ -79,5 +79,5 @@ class TwoSteps(nn.Module):
 
     def __call__(self, x):
         """Returns what is normalised, and the stream."""
-        stream = self.norm.filter(x)
-        return self.norm.normalize(stream), stream
+        filtered = self.norm.filter(x)
+        return self.norm.normalize(filtered), filtered.signal

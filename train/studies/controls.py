@@ -14,6 +14,7 @@ from jax import lax
 
 from kalman_flax import Conv, KalmanNorm, KalmanState, Normalization, Signal
 from kalman_flax._filter.convolution import predict_conv
+from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import as_signal
 
 
@@ -21,7 +22,7 @@ class ShuffledKalmanNorm(KalmanNorm):
     """Gives every channel the prediction of another: the distribution over channels of
     what is predicted stays, what it says about this channel is gone."""
 
-    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Filtered:
         """Filters with the prediction rolled by half of the channels."""
         return super().filter(_with_state(x, _rolled), *args, **kwargs)
 
@@ -29,7 +30,7 @@ class ShuffledKalmanNorm(KalmanNorm):
 class MovingKalmanNorm(KalmanNorm):
     """Puts the moving averages in the place of the prediction."""
 
-    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Filtered:
         """Filters with the running mean and variance as what was predicted."""
         mean = self.get_variable("batch_stats", "mean", 0.0)
         var = self.get_variable("batch_stats", "var", 1.0)
@@ -41,7 +42,7 @@ class ConstantKalmanNorm(KalmanNorm):
     """Keeps the gradient out of the prediction: the layers below see it as a constant,
     where in the paper it flows through their weights."""
 
-    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+    def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Filtered:
         """Filters with a prediction that has no gradient."""
         return super().filter(_with_state(x, lax.stop_gradient), *args, **kwargs)
 
