@@ -172,9 +172,9 @@ def test_axis_dtype_and_plain_arrays():
     moved, _ = first.apply(variables, jnp.moveaxis(x, -1, 1), mutable=["batch_stats"])
     np.testing.assert_allclose(jnp.moveaxis(moved, 1, -1), y, atol=1e-6)
     signal = Signal(x, KalmanState(0.5, 2.0))
-    stream = norm.apply(variables, signal, method="filter")
-    chex.assert_trees_all_equal(stream, signal)
-    z, _ = norm.apply(variables, signal, method="normalize", mutable=["batch_stats"])
+    filtered = norm.apply(variables, signal, method="filter")
+    chex.assert_trees_all_equal(filtered.signal, signal)
+    z, _ = norm.apply(variables, filtered, method="normalize", mutable=["batch_stats"])
     np.testing.assert_allclose(z.value, y, atol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_axis_dtype_and_plain_arrays():
     "options, message",
     [
         ({"r_max": 0.5}, "r_max is 0.5"),
-        ({"d_max": -1.0}, "d_max -1.0"),
+        ({"d_max": -1.0}, "d_max is -1.0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"r_steps": 100}, "r_steps 100"),
         ({"d_steps": 100}, "d_steps 100"),

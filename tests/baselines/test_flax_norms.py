@@ -105,8 +105,8 @@ def test_filter_then_normalize_is_the_call(case, x):
         @nn.compact
         def __call__(self, x):
             norm = cls(**options, name="norm")
-            stream = norm.filter(x)
-            return norm.normalize(stream), stream
+            filtered = norm.filter(x)
+            return norm.normalize(filtered), filtered.signal
 
     class OneStep(nn.Module):
         @nn.compact
