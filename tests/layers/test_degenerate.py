@@ -1,6 +1,7 @@
 """Training and inference on micro-batches that show too little, or far too much."""
 
 import functools
+import inspect
 from typing import NamedTuple
 
 import chex
@@ -146,3 +147,101 @@ def test_all_stays_finite(name, layout, micro_batches):
     for micro_batch in micro_batches:
         variables, seen = step(variables, micro_batch.images(size))
         chex.assert_tree_all_finite(jax.device_get((variables, seen)))
+
+
+# What follows is of one normaliser by itself.
+SHAPE = (2, 3, 3, 4)
+NOISE = np.float32(np.random.default_rng(0).normal(size=SHAPE))
+each = pytest.mark.parametrize("name", kf.NORMALIZERS)
+
+
+def normaliser(name, **options):
+    return kf.normalization(name, **options).norm(use_running_average=False)
+
+
+@each
+def test_values_that_overflow_leave_the_running_statistics_alone(name):
+    norm = normaliser(name)
+    variables = norm.init(KEY, NOISE)
+    x = NOISE.copy()
+    x[..., 0] *= 1e20
+    _, written = norm.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_tree_all_finite(written)
+    _, expected = norm.apply(variables, NOISE, mutable=["batch_stats"])
+    for new, clean in zip(*map(jax.tree.leaves, (written, expected))):
+        if new.ndim == 1 and new.shape[-1] == 4:  # the other channels move
+            chex.assert_trees_all_close(new[1:], clean[1:], rtol=1e-5)
+
+
+@each
+def test_nan_behind_a_mask_gives_finite_gradients(name):
+    norm = normaliser(name)
+    if "mask" not in inspect.signature(norm).parameters:
+        return
+    mask = np.ones(SHAPE, bool)
+    mask[:, 0] = False
+    variables = norm.init(KEY, NOISE)
+
+    def loss(params, x):
+        y, _ = norm.apply(
+            variables | {"params": params}, x, mask=mask, mutable=["batch_stats"]
+        )
+        return jnp.sum(jnp.where(mask, jnp.square(y + 1.0), 0.0))
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    params = variables["params"]
+    hidden = gradient(params, np.where(mask, NOISE, np.nan))
+    chex.assert_trees_all_close(
+        hidden[0], gradient(params, np.where(mask, NOISE, 5.0))[0], rtol=1e-5
+    )
+    assert not hidden[1][:, 0].any()
+    chex.assert_tree_all_finite(hidden)
+
+
+@pytest.mark.parametrize("noise", [None, "additive", "multiplicative"])
+@pytest.mark.parametrize("name", ["kalman", "kalman_released", "group_kalman"])
+def test_a_prediction_that_is_not_finite_counts_as_unknown(name, noise):
+    """Channel by channel, and with finite gradients."""
+    norm = normaliser(name, noise=noise, propagate="raw")
+    mean = jnp.array([jnp.inf, 0.1, jnp.nan, 1e30])
+    var = jnp.array([1.0, jnp.inf, 1.0, 1.0])
+    variables = norm.init(KEY, NOISE)
+
+    def loss(params, x, state):
+        y, _ = norm.apply(
+            variables | {"params": params},
+            kf.Signal(x, state),
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(jnp.sin(y.value)), y.state
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    grads, state = gradient(variables["params"], NOISE, kf.KalmanState(mean, var))
+    chex.assert_tree_all_finite(grads)
+    expected = norm.apply(variables, kf.Signal(NOISE), mutable=["batch_stats"])[0]
+    chex.assert_trees_all_close(state, expected.state, rtol=1e-5)
+
+
+def test_gain_1_does_not_look_at_the_prediction():
+    norm = kf.KalmanNorm(False, gain=1.0, noise="multiplicative")
+    x = kf.Signal(NOISE, kf.KalmanState(jnp.inf, jnp.nan))
+    y, _ = norm.apply(norm.init(KEY, x), x, mutable=["batch_stats"])
+    expected = nn.BatchNorm(False, use_fast_variance=False).init_with_output(KEY, NOISE)
+    chex.assert_trees_all_close(y.value, expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["batch", "cross_iteration", "group", "group_kalman", "instance", "kalman"]
+)
+def test_float64_stays_float64(name):
+    with jax.enable_x64(True):
+        x = 1e8 + np.random.default_rng(0).normal(size=(4, 8, 8, 4))
+        norm = normaliser(name)
+        variables = norm.init(KEY, x)
+        y, written = norm.apply(variables, x, mutable=["batch_stats"])
+        assert y.dtype == x.dtype
+        np.testing.assert_allclose(np.std(y), 1.0, atol=1e-3)
+        if name == "kalman":  # Flax's begin in float32 and end in float64
+            chex.assert_trees_all_equal_dtypes(
+                written, {"batch_stats": variables["batch_stats"]}
+            )
