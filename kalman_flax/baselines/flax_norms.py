@@ -38,11 +38,13 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.BatchNorm.__call__`; a Signal gives a Signal."""
-        value, old = self._value(x, mask), self._moments()
+        value = self._value(x, mask)
+        initialised = self.has_variable("batch_stats", "mean")
+        old = self._moments() if initialised else None
         if not (self.use_running_average or use_running_average):
             self._check_batch(value)
         value = super().__call__(value, use_running_average, mask=mask)
-        if old is not None and self.is_mutable_collection("batch_stats"):
+        if old and self.is_mutable_collection("batch_stats"):
             for name, stat in finite_or_old(self._moments(), old)._asdict().items():
                 self.put_variable("batch_stats", name, stat)
         if not isinstance(x, Signal):
@@ -52,10 +54,8 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         channels = value.shape[self.axis]
         return Signal(value, for_channels(normalized_state(scale, bias), channels))
 
-    def _moments(self) -> KalmanState | None:
-        """The running moments, as they are; None before initialisation."""
-        if not self.has_variable("batch_stats", "mean"):
-            return None
+    def _moments(self) -> KalmanState:
+        """The running moments, as they are."""
         mean, var = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
         return KalmanState(mean, var)
 
@@ -154,4 +154,4 @@ class FrozenBatchNorm(BatchNorm):
         slope = lax.rsqrt(var + self.epsilon)
         slope *= self.get_variable("params", "scale", 1.0)
         offset = self.get_variable("params", "bias", 0.0) - slope * mean
-        return y.replace(state=predict_affine(state, slope, offset))
+        return Signal(y.value, predict_affine(state, slope, offset))

@@ -146,7 +146,7 @@ def _stabilise(
     history: jax.Array,
     slot: jax.Array,
     alone: jax.Array,
-    axis_name: str | None,
+    axis_name: str | Sequence[str] | None,
 ) -> jax.Array:
     """The identity of z, whose gradient is g - z P instead of g.
 
@@ -161,13 +161,13 @@ def _stabilise_forward(
     history: jax.Array,
     slot: jax.Array,
     alone: jax.Array,
-    axis_name: str | None,
+    axis_name: str | Sequence[str] | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return z, (z, history, slot, alone)
 
 
 def _stabilise_backward(
-    axis_name: str | None, saved: tuple[jax.Array, ...], g: jax.Array
+    axis_name: str | Sequence[str] | None, saved: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     z, history, slot, alone = saved
     history, projection = _move(history, _mean(g * z, axis_name), slot, alone)
@@ -185,7 +185,7 @@ def _move(
     return history, jnp.where(alone, new, jnp.mean(history, axis=0))
 
 
-def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:
+def _mean(x: jax.Array, axis_name: str | Sequence[str] | None) -> jax.Array:
     """Mean of every channel, ``[C]``."""
     mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
     return mean if axis_name is None else lax.pmean(mean, axis_name)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax.layers.linear import Conv
@@ -93,7 +94,7 @@ class Bias(Unfiltered, nn.Module):
         bias = self.param("bias", self.bias_init, (channels,), self.param_dtype)
 
         def move_value(value: jax.Array) -> jax.Array:
-            value, b = nn.dtypes.promote_dtype(value, bias, dtype=self.dtype)
+            value, b = promote_dtype(value, bias, dtype=self.dtype)
             return value + b
 
         return through(x, move_value, lambda state: predict_affine(state, 1.0, bias))

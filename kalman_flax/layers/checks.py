@@ -48,7 +48,6 @@ class Checked:
 
     # What the module has that mixes this in.
     is_initializing: Callable[[], bool]
-    path: tuple[str, ...]
 
     def __post_init__(self) -> None:
         axis = getattr(self, "axis", None)
@@ -113,7 +112,7 @@ class Checked:
         count = count_values(value.shape, [i for i in range(value.ndim) if i != axis])
         if count == 1 and alone and not self.is_initializing():
             warnings.warn(
-                f"{type(self).__name__} {'/'.join(self.path)!r} trains on one value a"
+                f"{type(self).__name__} {'/'.join(getattr(self, 'path', ()))!r} trains on one value a"
                 f" channel, an activation of shape {value.shape}: its mean is the value"
                 " itself and its variance 0, so that all inputs give one output, and"
                 " gradients are 0. Take micro-batches of two or more, share statistics"
@@ -172,7 +171,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 def _check_range(value: Any, low: float, high: float) -> None:
     """Raises a ValueError unless a number is in the range; NaN never is."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return
     if not low <= value <= high or not math.isfinite(value):
         end = f"{high}]" if math.isfinite(high) else "inf)"

@@ -105,7 +105,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         value = self._value(x, mask)
         parameters = self._variables(value.shape[self.axis])
         observed = observe(value, "instance", axis=self.axis, mask=mask)
-        predicted = self._predicted(as_signal(x).replace(value=value), observed)
+        predicted = self._predicted(Signal(value, as_signal(x).state), observed)
         if predicted is None or self.gain == 1.0:
             return Filtered(value, keep(observed))
         predicted = self._prediction(predicted, observed, parameters)
@@ -126,15 +126,15 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             slope = scale * lax.rsqrt(group.var + self.epsilon)
             centred = KalmanState(moments.mean - group.mean, moments.var)
             state = predict_affine(centred, slope, bias)
-        return self._output(x, y, scale, bias, state=state)
+        return Signal(self._cast(x.value, y, scale, bias), state)
 
     def _predicted(self, x: Signal, observed: KalmanState) -> KalmanState | None:
         """What is known of `x`, ``[C]`` or ``[N, C]``, before it is observed."""
-        state, shape = state_of(x, self.axis), observed.mean.shape
-        if state is None or {stat.shape for stat in state} <= {shape, shape[-1:]}:
+        state, shape = state_of(x, self.axis), jnp.shape(observed.mean)
+        if state is None or {*map(jnp.shape, state)} <= {shape, shape[-1:]}:
             return state
         raise ValueError(
-            f"GroupKalmanNorm got a state of shape {state.mean.shape}; expected"
+            f"GroupKalmanNorm got a state of shape {jnp.shape(state.mean)}; expected"
             f" {shape[-1:]}, or {shape}, one of each example. jax.vmap over several"
             " micro-batches."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -186,7 +186,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         )
         value = self._value(x, mask)
         parameters, running = self._variables(value)
-        predicted = self._predicted(as_signal(x).replace(value=value))
+        predicted = self._predicted(Signal(value, as_signal(x).state))
         if use_running_average:
             return Filtered(value, running)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
@@ -215,14 +215,14 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         y = normalize(x.value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
         if self.propagate == "normalized":
             state = normalized_state(scale, bias)
-        return self._output(x, y, scale, bias, state=state)
+        return Signal(self._cast(x.value, y, scale, bias), state)
 
     def _predicted(self, x: Signal) -> KalmanState | None:
         """What is known of `x`, ``[C]``, before it is observed."""
         state = state_of(x, self.axis)
-        if state is not None and state.mean.ndim > 1:
+        if state is not None and jnp.ndim(state.mean) > 1:
             raise ValueError(
-                f"KalmanNorm got a state of shape {state.mean.shape}; expected one"
+                f"KalmanNorm got a state of shape {jnp.shape(state.mean)}; expected one"
                 " state [C] for the micro-batch. jax.vmap over several."
             )
         return state
@@ -270,7 +270,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
                     name,
                     state,
                     init_fn=lambda: None,
-                    reduce_fn=lambda _, new: new,
+                    reduce_fn=_latest,
                 )
 
     @nn.compact
@@ -287,6 +287,10 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         if self.decay_steps is not None and not self.is_initializing():
             steps = self.get_variable("batch_stats", "steps")
             self.put_variable("batch_stats", "steps", steps + 1.0)
+
+
+def _latest(_: Any, new: Any) -> Any:
+    return new
 
 
 #: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
+from flax.linen.dtypes import canonicalize_dtype
 
 from kalman_flax._filter.observe import observe, observe_about
 from kalman_flax._filter.state import KalmanState
@@ -19,7 +20,7 @@ from kalman_flax.layers.signal import Signal, as_signal
 Tree = TypeVar("Tree")
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Filtered:
     """What the first step of a normaliser, `filter`, returns, and only the second step,
     `normalize`, takes: a value that is not normalised yet.
@@ -63,17 +64,20 @@ class Affine(Checked):
 
     def _output(
         self,
-        x: Signal | Filtered | jax.Array,
+        x: Signal | jax.Array,
         y: jax.Array,
         *parameters: jax.Array | float,
         state: KalmanState | None = None,
     ) -> Signal | jax.Array:
-        """`y` in the dtype that `nn.BatchNorm` gives for the input `x` and these
-        parameters; an array for an array, else a Signal, with `state`."""
-        value = x.value if isinstance(x, Filtered) else as_signal(x).value
-        dtype = nn.dtypes.canonicalize_dtype(value, *parameters, dtype=self.dtype)
-        y = y.astype(dtype)
-        return Signal(y, state) if isinstance(x, Signal | Filtered) else y
+        """`y` in its dtype, see `_cast`; for a Signal a Signal, with `state`."""
+        y = self._cast(as_signal(x).value, y, *parameters)
+        return Signal(y, state) if isinstance(x, Signal) else y
+
+    def _cast(
+        self, value: jax.Array, y: jax.Array, *parameters: jax.Array | float
+    ) -> jax.Array:
+        """`y` in the dtype that `nn.BatchNorm` gives for `value` and `parameters`."""
+        return y.astype(canonicalize_dtype(value, *parameters, dtype=self.dtype))
 
 
 class Running(Checked):
@@ -174,14 +178,18 @@ class Unfiltered(Checked):
         return self(x.signal)  # pyright: ignore[reportCallIssue]
 
 
-def check_filtered(norm: object, x: object) -> None:
-    """Raises a ValueError unless `x` is `Filtered`."""
-    if not isinstance(x, Filtered):
-        raise ValueError(
-            f"{type(norm).__name__}.normalize got {type(x).__name__}; expected what"
-            " its first step returns: norm.normalize(norm.filter(x)), or norm(x) for"
-            " both."
-        )
+def check_filtered(norm: object, x: object) -> Filtered:
+    """Returns `x`.
+
+    Raises:
+        ValueError: it is not `Filtered`.
+    """
+    if isinstance(x, Filtered):
+        return x
+    raise ValueError(
+        f"{type(norm).__name__}.normalize got {type(x).__name__}; expected what its"
+        " first step returns: norm.normalize(norm.filter(x)), or norm(x) for both."
+    )
 
 
 def filtered_moments(norm: object, x: object) -> KalmanState:
@@ -190,14 +198,14 @@ def filtered_moments(norm: object, x: object) -> KalmanState:
     Raises:
         ValueError: something else came, or from a normaliser that does not filter.
     """
-    check_filtered(norm, x)
-    if x.moments is None:
+    moments = check_filtered(norm, x).moments
+    if moments is None:
         raise ValueError(
             f"{type(norm).__name__}.normalize got a value without moments, from the"
             " first step of a normaliser that observes in its second; expected that of"
             " its own."
         )
-    return x.moments
+    return moments
 
 
 class Normalizer(Affine, nn.Module):

@@ -207,7 +207,7 @@ def test_groups_of_devices_share_statistics():
         cls(False, use_fast_variance=False, **options)
         for cls in (kf.KalmanNorm, nn.BatchNorm)
     )
-    variables, x = theirs.init(KEY, X[0]), jnp.arange(4.0)[:, None, None] + X[0]
+    variables, x = theirs.init(KEY, X[0]), jnp.arange(4.0)[:, None, None, None] + X[0]
 
     def run(norm):
         apply = lambda x: norm.apply(variables, x, mutable=["batch_stats"])  # noqa: E731

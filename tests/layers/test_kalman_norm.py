@@ -249,14 +249,14 @@ def test_presets(preset, params, x):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"gain": 1.5}, r"gain is 1.5.*\[0, 1\]"),
-    ({"gain": -0.1, "learn_gain": None}, r"gain is -0.1.*\[0, 1\]"),
+    ({"gain": 1.5}, r"gain is 1.5.*\[0.0, 1.0\]"),
+    ({"gain": -0.1, "learn_gain": None}, r"gain is -0.1.*\[0.0, 1.0\]"),
     ({"gain": float("nan")}, r"gain is nan"),
     ({"gain": 0.0, "learn_gain": "scalar"}, r"gain is 0.0.*learn_gain=None"),
     ({"gain": 1.0, "learn_gain": "channel"}, r"gain is 1.0.*learn_gain=None"),
     ({"learn_gain": "layer"}, r"learn_gain is 'layer'.*'scalar', 'channel'"),
     ({"learn_gain": True}, r"learn_gain is True.*'scalar', 'channel'"),
-    ({"decay_steps": 0}, r"decay_steps is 0.*training steps"),
+    ({"decay_steps": 0}, r"decay_steps is 0.*whole number"),
     ({"noise": "white"}, r"noise is 'white'.*'additive', 'multiplicative'"),
     ({"rule": "exact"}, r"rule is 'exact'.*'mixture', 'paper'"),
     ({"propagate": "output"}, r"propagate is 'output'.*'normalized', 'raw'"),
