@@ -146,7 +146,7 @@ class FrozenBatchNorm(BatchNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """Normalises by the running statistics; a Signal gives a Signal."""
-        y = super().__call__(x)
+        y = super().__call__(x, mask=mask)
         state = state_of(x, self.axis) if isinstance(x, Signal) else None
         if state is None:
             return Signal(y.value) if isinstance(x, Signal) else y

@@ -111,12 +111,13 @@ class Checked:
             return  # how many there are in all is not known
         count = count_values(value.shape, [i for i in range(value.ndim) if i != axis])
         if count == 1 and alone and not self.is_initializing():
+            name = "/".join(getattr(self, "path", ()))
             warnings.warn(
-                f"{type(self).__name__} {'/'.join(getattr(self, 'path', ()))!r} trains on one value a"
-                f" channel, an activation of shape {value.shape}: its mean is the value"
-                " itself and its variance 0, so that all inputs give one output, and"
-                " gradients are 0. Take micro-batches of two or more, share statistics"
-                " by axis_name, or use a normaliser of each example's groups.",
+                f"{type(self).__name__} {name!r} trains on one value a channel, an"
+                f" activation of shape {value.shape}: its mean is the value itself and"
+                " its variance 0, so that all inputs give one output, and gradients"
+                " are 0. Take micro-batches of two or more, share statistics by"
+                " axis_name, or use a normaliser of each example's groups.",
                 stacklevel=_level_of_user(),
             )
 
