@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import ClassVar, NamedTuple
 
@@ -221,10 +220,9 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
             latest = lax.pmean(
                 latest, self.axis_name, axis_index_groups=self.axis_index_groups
             )
-        # A micro-batch whose moments overflow leaves a slot that does not count.
         for older, newer in reversed(list(zip(past[1:], past))):
             older.value = newer.value
-        past[0].value = _finite_or_empty(latest, conv)
+        past[0].value = latest
         steps.value += 1.0
         # Held as in KalmanNorm.
         return hold(update(predicted, observed, 1.0 / (count + 1)))
@@ -240,14 +238,6 @@ def _empty(conv: ConvState) -> _Past:
         "nu_slope": jnp.zeros_like(conv.var_slope),
         "kernel": jnp.zeros_like(conv.kernel),
     }
-
-
-def _finite_or_empty(past: _Past, conv: ConvState) -> _Past:
-    """`past`, or a slot not yet filled where anything in it is infinite or NaN."""
-    finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in past.values()])
-    return jax.tree.map(
-        functools.partial(jnp.where, jnp.all(finite)), past, _empty(conv)
-    )
 
 
 def _remember(conv: ConvState, reference: jax.Array) -> _Past:
@@ -277,7 +267,7 @@ def _compensate(past: _Past, kernel: jax.Array) -> KalmanState:
 def _average(states: list[KalmanState]) -> tuple[KalmanState, jax.Array]:
     """The mixture, channel by channel, of those with a variance, and their number."""
     mean, var = (jnp.stack(stat) for stat in zip(*states))
-    valid = var >= 0.0
+    valid = (var >= 0.0) & jnp.isfinite(var)  # nor where the moments overflowed
     count = jnp.sum(valid, axis=0, dtype=jnp.float32)
 
     def average(stat: jax.Array) -> jax.Array:

@@ -12,8 +12,7 @@ from jax import lax
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.predict import predict_affine, predict_group
 from kalman_flax._filter.state import KalmanState
-from kalman_flax._filter.update import normalize, update
-from kalman_flax._kernels import hold
+from kalman_flax._filter.update import normalize
 from kalman_flax.layers.kalman_norm import (
     FilterParameters,
     LearnGain,
@@ -108,9 +107,8 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         predicted = self._predicted(Signal(value, as_signal(x).state), observed)
         if predicted is None or self.gain == 1.0:
             return Filtered(value, keep(observed))
-        predicted = self._prediction(predicted, observed, parameters)
-        # Held for the reason that is told in `KalmanNorm`.
-        return Filtered(value, keep(hold(update(predicted, observed, parameters.gain))))
+        filtered = self._combine(predicted, observed, parameters)
+        return Filtered(value, keep(filtered))
 
     def normalize(self, x: Filtered) -> Signal:
         """The second step: normalises what `filter` returned by its groups.

@@ -86,15 +86,26 @@ class FilterParameters(Affine):
         r = jnp.exp(self.param("noise", nn.initializers.zeros, shape, jnp.float32))
         return lambda state: state._replace(var=state.var * r)
 
-    def _prediction(
-        self, predicted: KalmanState, observed: KalmanState, parameters: Parameters
+    def _combine(
+        self,
+        predicted: KalmanState,
+        observed: KalmanState,
+        parameters: Parameters,
+        rule: Rule = "mixture",
+        outlier_ratio: float | None = None,
     ) -> KalmanState:
-        """What to update by: with process noise, and what was observed in the place of
-        what is infinite or NaN, which says nothing."""
+        """The update; what is observed where the prediction is infinite or NaN, which
+        says nothing."""
         known = is_known(predicted)
         # Put aside before anything is computed of it: 0 inf is NaN in gradients.
         predicted = choose(known, predicted, KalmanState(0.0, 1.0))
-        return choose(known, parameters.predict_noise(predicted), observed)
+        predicted = parameters.predict_noise(predicted)
+        if outlier_ratio is not None:
+            predicted = reject_outlier(predicted, observed, outlier_ratio)
+        # Keeps XLA:CPU from computing these small vectors, and those of all layers
+        # below that they follow from, again at every pixel.
+        updated = hold(update(predicted, observed, parameters.gain, rule))
+        return choose(known, updated, observed)
 
 
 class KalmanNorm(FilterParameters, RunningNormalizer):
@@ -254,12 +265,9 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         """Combines what was predicted with what was observed."""
         if predicted is None or (self.gain == 1.0 and self.decay_steps is None):
             return observed
-        predicted = self._prediction(predicted, observed, parameters)
-        if self.outlier_ratio is not None:
-            predicted = reject_outlier(predicted, observed, self.outlier_ratio)
-        # Keeps XLA:CPU from computing these small vectors, and those of all layers
-        # below that they follow from, again at every pixel.
-        return hold(update(predicted, observed, parameters.gain, self.rule))
+        return self._combine(
+            predicted, observed, parameters, self.rule, self.outlier_ratio
+        )
 
     def _report(self, **states: KalmanState | None) -> None:
         """Leaves the states in ``intermediates``, where that is mutable."""
