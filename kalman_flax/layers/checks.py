@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kalman_flax
 from kalman_flax._filter.observe import count_values
 from kalman_flax.layers.signal import Signal, as_signal
 
@@ -190,8 +189,9 @@ def _is_float(dtype: Any, *, optional: bool) -> bool:
         return False
 
 
-_LIBRARIES = tuple(
-    str(Path(library.__file__ or "").parent) for library in (jax, flax, kalman_flax)
+_LIBRARIES = (
+    str(Path(__file__).parents[1]),
+    *(str(Path(library.__file__ or "").parent) for library in (jax, flax)),
 )
 
 
