@@ -174,8 +174,8 @@ def _check_range(value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return
     if not low <= value <= high or not math.isfinite(value):
-        end = f"{high}]" if math.isfinite(high) else "inf)"
-        start = f"[{low}" if math.isfinite(low) else "(-inf"
+        end = f"{high:g}]" if math.isfinite(high) else "inf)"
+        start = f"[{low:g}" if math.isfinite(low) else "(-inf"
         whole = "a whole number" if isinstance(low, int) else "a number"
         raise ValueError(f"expected {whole} in {start}, {end}")
 

@@ -249,8 +249,8 @@ def test_presets(preset, params, x):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"gain": 1.5}, r"gain is 1.5.*\[0.0, 1.0\]"),
-    ({"gain": -0.1, "learn_gain": None}, r"gain is -0.1.*\[0.0, 1.0\]"),
+    ({"gain": 1.5}, r"gain is 1.5.*\[0, 1\]"),
+    ({"gain": -0.1, "learn_gain": None}, r"gain is -0.1.*\[0, 1\]"),
     ({"gain": float("nan")}, r"gain is nan"),
     ({"gain": 0.0, "learn_gain": "scalar"}, r"gain is 0.0.*learn_gain=None"),
     ({"gain": 1.0, "learn_gain": "channel"}, r"gain is 1.0.*learn_gain=None"),
