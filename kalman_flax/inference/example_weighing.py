@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState
@@ -109,7 +110,7 @@ def _infer(
 ) -> Signal | jax.Array:
     """In the place of the call: each example by statistics of its own."""
     _refuse_training(module, use_running_average)
-    value = x if isinstance(x, jax.Array) else x.value
+    value = x.value if isinstance(x, Signal | Filtered) else jnp.asarray(x)
     states = _weigh(module, weight, value, mask)
     variables = module.variables
     unbound = module.clone(use_running_average=True, name=None)
