@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from kalman_flax._filter.state import KalmanState
+from kalman_flax.baselines.batch_channel_norm import BatchChannelNorm
 from kalman_flax.baselines.batch_renorm import BatchRenorm
 from kalman_flax.baselines.cross_iteration import (
     CrossIterationBatchNorm,
@@ -26,6 +27,7 @@ from kalman_flax.baselines.flax_norms import (
 )
 from kalman_flax.baselines.moving_average_norm import MovingAverageBatchNorm
 from kalman_flax.baselines.online_norm import OnlineNorm
+from kalman_flax.baselines.proxy_norm import ProxyNorm
 from kalman_flax.baselines.scaled_weight_norm import scaled_relu, scaled_weight_conv
 from kalman_flax.baselines.weight_norm import Bias, weight_norm_conv
 from kalman_flax.layers.functions import relu
@@ -78,6 +80,7 @@ NORMALIZERS: dict[str, Normalization] = {
         MovingAverageBatchNorm, conv=functools.partial(Conv, kernel_map=centre_kernel)
     ),
     "cross_iteration": Normalization(CrossIterationBatchNorm, conv=CrossIterationConv),
+    "batch_channel": Normalization(functools.partial(BatchChannelNorm, num_groups=4)),
     "online": Normalization(OnlineNorm),
     "evonorm_b0": Normalization(EvoNormB0, activation=_identity),
     # By those of each image, or by none
@@ -88,6 +91,9 @@ NORMALIZERS: dict[str, Normalization] = {
     "layer": Normalization(LayerNorm),
     "instance": Normalization(InstanceNorm),
     "group": Normalization(functools.partial(GroupNorm, num_groups=4)),
+    "proxy_group": Normalization(
+        functools.partial(ProxyNorm, num_groups=4), activation=_identity
+    ),
     "filter_response": Normalization(FilterResponseNorm, activation=_identity),
     "evonorm_s0": Normalization(
         functools.partial(EvoNormS0, num_groups=4), activation=_identity

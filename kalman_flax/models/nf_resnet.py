@@ -19,6 +19,7 @@ from kalman_flax.baselines.weight_norm import Bias
 from kalman_flax.layers.signal import Signal
 from kalman_flax.models.network import Layers, Network
 
+
 class NFBlock(nn.Module):
     """x -> shortcut + alpha skip_gain f(o) with o = activation(x) / std, where f is two
     3x3 convolutions with an activation between; the shortcut is x, or a 1x1 convolution
@@ -57,22 +58,20 @@ class NFResNet(Network):
     signal propagation to close the performance gap in unnormalized ResNets") at the
     sizes of `ResNet`: 3x3 stem, three stages of `blocks_per_stage` blocks with width, 2
     width and 4 width channels, activation, global pool. Kernels are standardised, and
-    scaled such that they keep the variance of what enters; each block divides by the
-    standard deviation that the blocks before it lead to expect,
-
-        std^2 = 1 at the start,  std^2 <- (1 in the first block of a stage, else std^2) +
-        alpha^2,
-
-    and no statistic of an activation is ever taken: examples do not depend on one
-    another, training and inference are the same, and there is no pass for moments.
-    Use it at any micro-batch size, with `optax.adaptive_grad_clip` (Brock et al., 2021)
-    for large batches and rates. As in the authors' code, but for stochastic depth, which
-    is left out, and the initial values of the head.
+    scaled such that they keep the variance of what enters. Each block divides by the
+    standard deviation that the blocks before it lead to expect: its square is 1 at
+    first, 1 + alpha^2 after the first block of a stage, and alpha^2 more after another.
+    No moments of an activation are ever taken: examples do not depend on one another,
+    training and inference are the same. Use it at any micro-batch size, where large
+    batches or rates need it with `optax.adaptive_grad_clip` (Brock et al., 2021, "High-
+    performance large-scale image recognition without normalization"). It follows
+    deepmind-research/nfnets but for stochastic depth, which is left out, the bottleneck
+    in its blocks, and the initial values of the head.
 
     Attributes are those of `Network`, of which norm, conv and activation default to
     what makes it normaliser-free, a bias for each convolution, `scaled_weight_conv`
-    and `scaled_relu`: ``normalization("normalizer_free")``. With another norm it has
-    that after each convolution. And:
+    and `scaled_relu`: ``normalization("normalizer_free")``. Another norm would stand
+    after each convolution, in the place of the bias. And:
 
     Attributes:
         num_classes: number of logits.
