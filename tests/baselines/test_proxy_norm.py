@@ -105,7 +105,7 @@ def test_values_and_gradients(case, x):
 
 
 def test_channels_have_mean_0_and_variance_1_where_the_proxy_is_right():
-    """Gaussian maps, whatever scale and bias; the epsilon takes some of the variance."""
+    """Gaussian maps, whatever scale and bias."""
     x = jax.random.normal(KEY, (2, 256, 256, 4))
     params = PARAMS | {"proxy_scale": np.zeros(4), "proxy_bias": np.zeros(4)}
     norm = ProxyNorm(num_groups=1, proxy_epsilon=1e-6)
