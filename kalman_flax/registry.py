@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from kalman_flax._filter.state import KalmanState
+from kalman_flax.baselines.batch_channel_norm import BatchChannelNorm
 from kalman_flax.baselines.batch_renorm import BatchRenorm
 from kalman_flax.baselines.cross_iteration import (
     CrossIterationBatchNorm,
@@ -27,6 +28,8 @@ from kalman_flax.baselines.flax_norms import (
 )
 from kalman_flax.baselines.moving_average_norm import MovingAverageBatchNorm
 from kalman_flax.baselines.online_norm import OnlineNorm
+from kalman_flax.baselines.proxy_norm import ProxyNorm
+from kalman_flax.baselines.scaled_weight_norm import scaled_relu, scaled_weight_conv
 from kalman_flax.baselines.weight_norm import Bias, weight_norm_conv
 from kalman_flax.layers.functions import relu
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
@@ -44,6 +47,7 @@ from kalman_flax.layers.signal import Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet
 from kalman_flax.models.inception import InceptionV2, SmallInception
 from kalman_flax.models.network import Network
+from kalman_flax.models.nf_resnet import NFResNet
 from kalman_flax.models.resnet import ResNet
 
 
@@ -77,13 +81,20 @@ NORMALIZERS: dict[str, Normalization] = {
         MovingAverageBatchNorm, conv=functools.partial(Conv, kernel_map=centre_kernel)
     ),
     "cross_iteration": Normalization(CrossIterationBatchNorm, conv=CrossIterationConv),
+    "batch_channel": Normalization(functools.partial(BatchChannelNorm, num_groups=4)),
     "online": Normalization(OnlineNorm),
     "evonorm_b0": Normalization(EvoNormB0, activation=_identity),
     # By those of each image, or by none
     "weight": Normalization(Bias, conv=weight_norm_conv),
+    "normalizer_free": Normalization(
+        Bias, conv=scaled_weight_conv, activation=scaled_relu
+    ),
     "layer": Normalization(LayerNorm),
     "instance": Normalization(InstanceNorm),
     "group": Normalization(functools.partial(GroupNorm, num_groups=4)),
+    "proxy_group": Normalization(
+        functools.partial(ProxyNorm, num_groups=4), activation=_identity
+    ),
     "filter_response": Normalization(FilterResponseNorm, activation=_identity),
     "evonorm_s0": Normalization(
         functools.partial(EvoNormS0, num_groups=4), activation=_identity
@@ -106,6 +117,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "cifar_resnet": ResNet,
     "resnet32": functools.partial(ResNet, blocks_per_stage=5),
     "resnet110": functools.partial(ResNet, blocks_per_stage=18),
+    "nf_resnet": NFResNet,  # by itself, or with the norm "normalizer_free"
     "small_inception": SmallInception,
     # For 224x224 images
     "resnet50": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 6, 3)),

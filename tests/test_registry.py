@@ -8,6 +8,7 @@ from kalman_flax import KalmanNorm, KalmanState
 
 CLASSES = {
     "batch": kf.baselines.BatchNorm,
+    "batch_channel": kf.baselines.BatchChannelNorm,
     "batch_renorm": kf.baselines.BatchRenorm,
     "cross_iteration": kf.baselines.CrossIterationBatchNorm,
     "evonorm_b0": kf.baselines.EvoNormB0,
@@ -23,7 +24,9 @@ CLASSES = {
     "kalman_released": KalmanNorm,
     "layer": kf.baselines.LayerNorm,
     "moving_average": kf.baselines.MovingAverageBatchNorm,
+    "normalizer_free": kf.baselines.Bias,
     "online": kf.baselines.OnlineNorm,
+    "proxy_group": kf.baselines.ProxyNorm,
     "weight": kf.baselines.Bias,
 }
 NO_MOMENTUM = {
@@ -33,11 +36,19 @@ NO_MOMENTUM = {
     "group_kalman",
     "instance",
     "layer",
+    "normalizer_free",
     "online",
+    "proxy_group",
     "weight",
 }
-#: normalisers with a nonlinearity of their own
-ACTIVATED = {"evonorm_b0", "evonorm_s0", "filter_response"}
+#: normalisers with a nonlinearity of their own, or that ask for another
+ACTIVATED = {
+    "evonorm_b0",
+    "evonorm_s0",
+    "filter_response",
+    "normalizer_free",
+    "proxy_group",
+}
 
 
 KERNEL_MAP = {
@@ -62,15 +73,18 @@ def test_names(name, suffix):
     if not has_momentum:  # statistics of one image are shared with no other
         assert getattr(norm, "axis_name", None) is None
     assert getattr(norm, "momentum", None) == (0.7 if has_momentum else None)
-    if name == "weight" and suffix:
+    if name in ("normalizer_free", "weight") and suffix:
         with pytest.raises(ValueError, match=f"out .*{suffix}"):
             entry.conv(8, (3, 3))
         return
     conv = entry.conv(8, (3, 3))
     conv = getattr(conv, "layer_instance", conv)  # inside Flax's WeightNorm
     assert isinstance(conv, kf.Conv)
-    centred = kf.centre_kernel if name == "moving_average" else None
-    assert conv.kernel_map is (KERNEL_MAP[suffix] or centred)
+    if name == "normalizer_free":
+        assert isinstance(conv.kernel_map, kf.baselines.ScaledStandardization)
+    else:
+        centred = kf.centre_kernel if name == "moving_average" else None
+        assert conv.kernel_map is (KERNEL_MAP[suffix] or centred)
     assert (conv.transition == "monte_carlo") == (name == "kalman_mc")
     known = None if name == "kalman_released" else KalmanState(0.0, 1.0)
     assert entry.input_state == known
@@ -82,7 +96,13 @@ def test_all_names_are_tested():
 
 
 def test_presets():
-    for name in ("group", "group_kalman", "evonorm_s0"):  # as in the released code
+    for name in (
+        "group",
+        "group_kalman",
+        "evonorm_s0",
+        "proxy_group",
+        "batch_channel",
+    ):  # as in the released code
         assert made(kf.normalization(name)).num_groups == 4
     kalman, paper, released = (
         made(kf.normalization(name))

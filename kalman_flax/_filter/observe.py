@@ -62,7 +62,7 @@ def observe(
 
     channels = x.shape[-1]
     groups = {"group": num_groups, "layer": 1, "instance": channels}[over]
-    if not groups or channels % groups:
+    if groups is None or groups < 1 or channels % groups:
         raise ValueError(
             f"num_groups is {groups}, but the activation has {channels} channels;"
             " choose a divisor of the channel count."

@@ -116,9 +116,10 @@ def make_step(name, dtype):
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, written)), grads = gradient(learned, variables, images)
         # Clipped, since at 1e4 an update in proportion to the gradient overflows where
-        # values stay as large as they are (`weight`, `frozen_batch`), are made larger
-        # (`evonorm_b0`: without variance by 1 / sqrt(epsilon) and not centred), or are
-        # taken for standardised (`kalman_paper`).
+        # values stay as large as they are (`weight`, `normalizer_free` and
+        # `frozen_batch`), are made larger (`evonorm_b0`: without variance by
+        # 1 / sqrt(epsilon) and not centred), or are taken for standardised
+        # (`kalman_paper`).
         params = jax.tree.map(
             lambda p, g: p - 0.1 * jnp.clip(g, -1.0, 1.0),
             variables["params"],
@@ -136,7 +137,7 @@ def make_step(name, dtype):
     return step
 
 
-# Derandomised: the same cases in every run, 2200 over all normalisers.
+# Derandomised: the same cases in every run, 100 for each normaliser.
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(layout=LAYOUTS, micro_batches=st.lists(MICRO_BATCHES, min_size=1, max_size=3))

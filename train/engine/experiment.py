@@ -136,12 +136,10 @@ def make_batch(
 def make_network(config: Any, dataset: Dataset) -> nn.Module:
     """Builds the network that `config` names, with the normaliser that it names."""
     size = {}
+    if config.network in ("cifar_resnet", "nf_resnet"):
+        size = {"blocks_per_stage": config.blocks_per_stage, "width": config.width}
     if config.network == "cifar_resnet":
-        size = {
-            "blocks_per_stage": config.blocks_per_stage,
-            "width": config.width,
-            "scan": config.scan_blocks,
-        }
+        size["scan"] = config.scan_blocks
     return NETWORKS[config.network](
         num_classes=dataset.num_classes,
         dtype=jnp.dtype(config.dtype),

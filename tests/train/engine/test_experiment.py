@@ -51,7 +51,7 @@ def test_network_by_name(name):
     expected = NETWORKS[name](num_classes=10)
     assert type(network) is type(expected)
     sizes = "blocks_per_stage", "stage_sizes", "width"
-    if name == "cifar_resnet":  # its size is the config's
+    if name in ("cifar_resnet", "nf_resnet"):  # sized by the config
         expected = expected.clone(blocks_per_stage=1, width=4)
     assert [getattr(network, size, None) for size in sizes] == [
         getattr(expected, size, None) for size in sizes
