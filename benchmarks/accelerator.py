@@ -16,6 +16,7 @@ at hand XLA does not choose its algorithms, the same for all normalisers. Prints
 table and writes accelerator.json. Compiling for a TPU takes minutes a program.
 """
 
+import functools
 import os
 import pathlib
 import time
@@ -30,10 +31,10 @@ from ml_collections import ConfigDict
 from benchmarks.hlo import bytes_moved, bytes_of_kernels, count_fusions
 from benchmarks.program import BASELINE, VARIANTS, configure
 from train import cli
-from train.analysis.speed import prepare
+from train.analysis.speed import at_constant_rate, prepare
 from train.engine import workdir as wd
-from train.engine.experiment import make_optimizer
 from train.engine.mesh import SAME, SPLIT, make_mesh
+from train.engine.optimizer import make_optimizer
 from train.engine.step import make_update
 
 TARGETS = ("tpu", "gpu")
@@ -97,11 +98,12 @@ def device(target: str) -> jax.Device:
 
 def lower(config: ConfigDict, device: jax.Device) -> Any:
     """Lowers the training step of `config` for `device`."""
-    network, _, state, batch = prepare(config, _SIZE.value)
+    task, _, state, batch = prepare(config, _SIZE.value)
     mesh = make_mesh(1, [device])
-    optimizer = make_optimizer(config, lambda step: config.learning_rate)
-    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
+    optimizer = functools.partial(make_optimizer, config)
+    update = make_update(task, optimizer, config, mesh)
     # As `jit_update`, without the options of the CPU that this runs on.
+    update = at_constant_rate(config, update, jax.random.key(0))
     step = jax.jit(update, donate_argnums=0)
     return step.lower(_placed(state, mesh, SAME), _placed(batch, mesh, SPLIT))
 

@@ -8,16 +8,16 @@ import jax
 from ml_collections import ConfigDict
 
 from configs.experiments import cifar10_short
-from train.engine.score import infer
+from train.engine.classification import infer
 from train.engine.settings import check
 from train.engine.step import TrainState
 
 BASELINE = "flax"
 VARIANTS = {
     # `nn.BatchNorm` as Flax has it, and with two centred passes for the variance.
-    "flax": {"norm": "batch", "norm_options": '{"use_fast_variance": true}'},
+    "flax": {"norm": "batch", "norm_options": {"use_fast_variance": True}},
     "batch": {"norm": "batch"},
-    "ours": {"norm": "kalman", "norm_options": '{"gain": 1.0}'},
+    "ours": {"norm": "kalman", "norm_options": {"gain": 1.0}},
     "group": {"norm": "group"},
     "batch_renorm": {"norm": "batch_renorm"},
     "kalman": {"norm": "kalman"},

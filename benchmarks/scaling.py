@@ -48,8 +48,9 @@ def make(variant: str, devices: int) -> tuple[Experiment, Any]:
     )
     config.update(VARIANTS[variant])
     experiment = build(config, devices=jax.devices()[:devices])
-    step = experiment.train_step.lower(experiment.state, experiment.batch(0)).compile()
-    return experiment, step
+    fixed = experiment.key, experiment.rates
+    lowered = experiment.update.lower(experiment.state, experiment.batch(0), *fixed)
+    return experiment, lowered.compile()
 
 
 def main() -> None:
@@ -64,7 +65,9 @@ def main() -> None:
             for devices, (experiment, step) in made.items():
                 batch = jax.block_until_ready(experiment.batch(number))
                 start = time.perf_counter()
-                states[devices], _ = jax.block_until_ready(step(states[devices], batch))
+                states[devices], _ = jax.block_until_ready(
+                    step(states[devices], batch, experiment.key, experiment.rates)
+                )
                 if number:  # the first warms up
                     seconds[devices].append(time.perf_counter() - start)
         for devices, (experiment, step) in made.items():

@@ -57,13 +57,13 @@ class Program(NamedTuple):
 
 def compile_program(config: ConfigDict) -> Program:
     """Compiles the step and the inference of `config` for random images."""
-    network, step, state, batch = prepare(config, _SIZE.value)
+    task, step, state, batch = prepare(config, _SIZE.value)
     lowered = step.lower(state, batch)
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
 
-    inference = compile_inference(network, state, batch.images)
+    inference = compile_inference(task.network, state, batch.images)
     train = Stepper(compiled, state, batch)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     facts = {

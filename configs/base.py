@@ -7,6 +7,10 @@ def get_config() -> ConfigDict:
     """Returns the defaults that the other files in this folder start from."""
     config = ConfigDict()
 
+    config.task = "classification"
+    # Modules with NORMALIZERS or TASKS of their own, for keys to name
+    config.plugins = ()
+
     # Data
     # digits, cifar10, cifar100, svhn_cropped (with its extra images), in memory; or
     # imagenet2012, folder (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk
@@ -35,8 +39,8 @@ def get_config() -> ConfigDict:
     config.remat = False
 
     # Normaliser
-    config.norm = "kalman"  # a name in kalman_flax.NORMALIZERS
-    config.norm_options = "{}"  # its attributes, as JSON: '{"gain": 0.5}'
+    config.norm = "kalman"  # a name in kalman_flax.NORMALIZERS, or of a plugin
+    config.norm_options = ConfigDict()  # its attributes: --config.norm_options.gain=0.5
     config.stats_momentum = 0.9  # of the running statistics
 
     # Batches
@@ -48,16 +52,27 @@ def get_config() -> ConfigDict:
     config.sync_statistics = False  # share statistics over all micro-batches of a part
     config.sort_batches = False  # by class, so that a micro-batch is of one class
 
-    # Optimisation: SGD with momentum, weight decay on kernels only
-    config.epochs = 10
-    config.learning_rate = 0.1
-    config.warmup_epochs = 0
-    config.schedule = "cosine"  # cosine or step
-    config.step_epochs = ()  # step: at these epochs the rate is multiplied
-    config.step_factors = ()  # step: by these factors
-    config.sgd_momentum = 0.9
+    # Optimisation; weight decay is on kernels only
+    config.optimizer = "sgd"  # sgd, adamw or lars
+    # Its options as of optax: --config.optimizer_options.nesterov=True
+    config.optimizer_options = ConfigDict()
+    config.sgd_momentum = 0.9  # of sgd and lars
     config.weight_decay = 2e-4
     config.clip_norm = 0.0  # the gradient is made no longer than this; 0: left as it is
+    # Parameters that stay as they are, by patterns of their paths: ("stem*",)
+    config.freeze = ()
+
+    # Schedule: each in epochs or in steps, and the other one 0 or ()
+    config.epochs = 10
+    config.total_steps = 0
+    config.learning_rate = 0.1
+    config.warmup_epochs = 0
+    config.warmup_steps = 0
+    config.warmup_from = 0.0  # the share of the rate that the warm-up starts from
+    config.schedule = "cosine"  # cosine or step
+    config.step_epochs = ()  # step: at these epochs the rate is multiplied
+    config.step_drops = ()  # step: after so many updates
+    config.step_factors = ()  # step: by these factors
     config.seed = 0
 
     # Reporting

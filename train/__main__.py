@@ -2,26 +2,26 @@
 
     python -m train --config=configs/experiments/digits.py --workdir=runs/digits
 
-Any key of the config can be set: --config.micro_batch_size=4 --config.norm=batch.
-The keys are explained in configs/base.py.
+Any key of the config can be set: --config.micro_batch_size=4 --config.norm=batch, also
+nested options: --config.norm_options.gain=0.1. The keys are explained in
+configs/base.py.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from train import cli
 from train.engine import processes
 from train.engine.loop import train
 from train.studies.report import describe
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")
 
 
 def main() -> None:
     """Trains and prints the summary."""
     processes.join()
-    summary = train(_CONFIG.value, _WORKDIR.value, cli.DATA_DIR.value)
+    summary = train(_CONFIG.value, cli.path(_WORKDIR), cli.DATA_DIR.value)
     if processes.primary():
         print(describe(summary))
 

@@ -13,12 +13,11 @@ Finished runs are kept and interrupted ones go on when the command runs again. W
 comparison.csv, comparison.json (with command, hardware, versions) and comparison.png.
 """
 
-import pathlib
 import re
 from collections.abc import Iterable
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from kalman_flax import NORMALIZERS
 from train import cli
@@ -26,7 +25,7 @@ from train.engine import workdir as wd
 from train.studies import figure, report
 from train.studies.runs import Entry, Job, configure, run_all
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a Python file.")
+_CONFIG = cli.define_config()
 _NORMS = flags.DEFINE_list(
     "norms",
     None,
@@ -46,7 +45,6 @@ _MICRO_BATCH_SIZES = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
 )
-_AT_ONCE = cli.define_at_once()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
 
 
@@ -77,7 +75,8 @@ def check_overrides(entries: list[Entry], keys: Iterable[str]) -> None:
         ValueError: there is one, which would do nothing.
     """
     for key in keys:
-        if all(key in entry.overrides for entry in entries):
+        name = key.partition(".")[0]  # a row replaces nested options as a whole
+        if all(name in entry.overrides for entry in entries):
             raise ValueError(
                 f"a flag sets {key}, which would change nothing: every row of the table"
                 " sets it itself. Leave the flag out, or choose other rows."
@@ -104,11 +103,11 @@ def _micro_batch(size: str) -> dict[str, int]:
 
 def main() -> None:
     """Runs what is missing, prints the table, writes CSV, JSON and PNG."""
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    config, workdir = _CONFIG.value, cli.path(_WORKDIR)
     entries = chosen([Entry(*variant) for variant in config.variants], _VARIANTS.value)
     if _NORMS.value or not entries:
         entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
-    set_by_flags = list(config_flags.get_override_values(flags.FLAGS["config"]))
+    set_by_flags = cli.config_keys()
     if _MICRO_BATCH_SIZES.value:
         set_by_flags.append("micro_batch_size")
     check_overrides(entries, set_by_flags)
@@ -120,7 +119,7 @@ def main() -> None:
             run_config = configure(config, entry, seed)
             run_dir = workdir / _run_dir(run_config, entry.variant)
             jobs.append(Job(run_config, entry.variant, run_dir))
-    runs = run_all(jobs, cli.DATA_DIR.value, _AT_ONCE.value)
+    runs = run_all(jobs, cli.DATA_DIR.value)
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
     wd.write_json(

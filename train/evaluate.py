@@ -29,10 +29,9 @@ from train.analysis.inference_statistics import (
     parse_weight,
     recompute,
 )
-from train.data.batches import Split
-from train.data.encoded import Encoded
 from train.engine import workdir as wd
-from train.engine.experiment import Experiment, build
+from train.engine.classification import Classification, Images, classification_of
+from train.engine.experiment import build
 from train.engine.step import TrainState
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -62,11 +61,12 @@ _EXAMPLE_WEIGHT = flags.DEFINE_string(
 def main() -> None:
     """Restores, evaluates and prints."""
     weight, batches = parse_weight(_EXAMPLE_WEIGHT.value), _PRECISE_BATCHES.value
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = cli.path(_WORKDIR)
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
-    check_choice("split", _SPLIT.value, experiment.splits)
-    split = experiment.splits[_SPLIT.value]
+    task = classification_of(experiment.task)
+    check_choice("split", _SPLIT.value, task.splits)
+    split = task.splits[_SPLIT.value]
     last = state = wd.last_checkpoint(workdir, experiment.state)
     if (batches or weight is not None) and not running_moments(state.batch_stats):
         raise ValueError(
@@ -83,11 +83,11 @@ def main() -> None:
 
     def show_weighed(state: TrainState, name: str) -> None:
         chosen = choose_weight(experiment, state) if weight == AUTO else weight
-        result = experiment.evaluate(state, split, chosen)
+        result = task.evaluate(state, split, chosen)
         how = ", best on training images" if weight == AUTO else ""
         show(result, "weighed", f"{name}, image's own at weight {chosen:g}{how}")
 
-    result = experiment.evaluate(state, split)
+    result = task.evaluate(state, split)
     print(f"step {int(state.step)}, {split.examples} {_SPLIT.value} images")
     top5 = "    top-5" if "moving_top5_accuracy" in result else ""
     print(f"accuracy{top5}     loss  normalised by")
@@ -99,24 +99,24 @@ def main() -> None:
     if batches:
         state = recompute(config, experiment, state, batches)
         name = f"A, precise statistics of {batches} training batches"
-        show(experiment.evaluate(state, split), "moving", name)
+        show(task.evaluate(state, split), "moving", name)
         if weight is not None:
             show_weighed(state, name)
-    _confuse(experiment, last, split, workdir / f"confusion_{_SPLIT.value}")
+    _confuse(task, last, split, workdir / f"confusion_{_SPLIT.value}")
 
 
 def _confuse(
-    experiment: Experiment, state: TrainState, split: Split | Encoded, to: pathlib.Path
+    task: Classification, state: TrainState, split: Images, to: pathlib.Path
 ) -> None:
     """Writes the confusion matrix as `to` .csv and .png."""
-    names = experiment.classes
+    names = task.dataset.classes
     if len(names) > confusion.MOST_CLASSES:
         print(
             f"no confusion matrix: there are {len(names)} classes, more than"
             f" {confusion.MOST_CLASSES}"
         )
         return
-    counts = experiment.confusion(state, split)
+    counts = task.confusion(state, split)
     title = f"{split.examples} images, {counts.trace() / split.examples:.2%} right"
     confusion.write_csv(to.with_suffix(".csv"), counts, names)
     confusion.plot(to.with_suffix(".png"), counts, names, title)

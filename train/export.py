@@ -16,7 +16,6 @@ that are neither batch norm nor group norm in inference. It is NumPy's own forma
 every version of everything reads.
 """
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,8 @@ from train import cli
 from train.analysis import stablehlo as artifact
 from train.data.encoded import Encoded
 from train.engine import workdir as wd
-from train.engine.experiment import Experiment, build
+from train.engine.classification import Classification, classification_of
+from train.engine.experiment import build
 from train.engine.step import TrainState
 
 NETWORK, VARIABLES, METADATA = "network.stablehlo", "variables.npz", "metadata.json"
@@ -39,20 +39,21 @@ _OUTPUT = flags.DEFINE_string("output", None, "Directory to write, new or empty.
 
 def main() -> None:
     """Restores, exports, tests and prints."""
-    workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
+    workdir, output = cli.path(_WORKDIR), cli.path(_OUTPUT)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another --output.")
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
     state = wd.last_checkpoint(workdir, experiment.state)
-    network, variables = experiment.network, state.variables
-    standardize, test = experiment.standardize, experiment.test
+    task = classification_of(experiment.task)
+    network, variables = task.network, state.variables
+    standardize, test = task.standardize, task.test
     images = standardize(test.read(np.arange(TRIED) % test.examples).images)
     plain = artifact.plain_variables(network, variables, images)
     serialized = artifact.serialize(network, variables, standardize, test.image_shape)
     metadata = {
         "run": str(workdir),
-        **_describe(experiment, state),
+        **_describe(task, state),
         "variables": plain and {"file": VARIABLES, "norm": plain.norm},
         "config": config.to_dict(),
         **wd.provenance(),
@@ -73,10 +74,10 @@ def main() -> None:
     print(f"written: {output}/{', '.join(names)}")
 
 
-def _describe(experiment: Experiment, state: TrainState) -> dict[str, Any]:
+def _describe(task: Classification, state: TrainState) -> dict[str, Any]:
     """What goes in, what comes out, and how good it is."""
-    test = experiment.test
-    found = experiment.evaluate(state, test)
+    test = task.test
+    found = task.evaluate(state, test)
     preparation = "pixels as the data set has them; the network standardises them"
     if isinstance(test, Encoded):
         preparation += (
@@ -91,11 +92,11 @@ def _describe(experiment: Experiment, state: TrainState) -> dict[str, Any]:
             "preparation": preparation,
         },
         "output": {
-            "shape": ["batch", experiment.network.num_classes],
+            "shape": ["batch", task.network.num_classes],
             "dtype": "float32",
             "meaning": "logits; their softmax are the probabilities of the classes",
         },
-        "classes": experiment.classes,
+        "classes": task.dataset.classes,
         "test": {
             "images": test.examples,
             **{

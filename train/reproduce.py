@@ -18,8 +18,6 @@ workdir. Writes NAME.csv, NAME.json (with command, hardware, versions) and NAME.
 What a run has less than the paper's stands below the table, and in the files.
 """
 
-import pathlib
-
 from absl import flags
 
 from kalman_flax import NETWORKS, normalization
@@ -47,7 +45,6 @@ _NORMS = flags.DEFINE_list(
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
     "micro_batch_sizes", None, "Train only with micro-batches of these; likewise."
 )
-_AT_ONCE = cli.define_at_once()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
@@ -67,14 +64,13 @@ def main(name: str | None = None) -> None:
     request = Request(
         _SCALE.value,
         _SEEDS.value,
-        pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None,
+        cli.path(_WORKDIR),
         cli.DATA_DIR.value,
         _DATASETS.value,
         _NETWORKS.value,
         _NORMS.value,
         _MICRO_BATCH_SIZES.value
         and [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value],
-        _AT_ONCE.value,
     )
     if name == ALL:
         reproduce_all(request, REPRODUCTIONS)

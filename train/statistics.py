@@ -20,7 +20,6 @@ gains.png where the gain was learned.
 """
 
 import csv
-import pathlib
 
 import numpy as np
 from absl import flags
@@ -50,7 +49,7 @@ _KEPT = flags.DEFINE_integer(
 
 def main() -> None:
     """Restores the run, measures, prints, and writes CSV, JSON and figure."""
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = cli.path(_WORKDIR)
     experiment, config = estimates.restore(workdir, cli.DATA_DIR.value)
     rows, sizes = [], [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value]
     own = config.micro_batch_size if config.micro_batch_size in sizes else sizes[0]

@@ -10,7 +10,7 @@ decay of the weight decay, x 0.2 every 480,000 steps, never happens in the 156,0
 of the run.) For micro-batches of 128 they use n = 18 and gain 0.95:
 
     --config.blocks_per_stage=18 --config.micro_batch_size=128 \\
-        --config.norm_options='{"gain": 0.95}'
+        --config.norm_options.gain=0.95
 
 The paper prints 92.7 (KN), 91.3 (group norm, 4 groups) and 91.2 (batch norm) at 2.
 

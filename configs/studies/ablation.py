@@ -7,7 +7,6 @@ The reference is kalman_wc, whose gain is 0.02. Two controls decide whether the
 *prediction* matters: one shuffled over the channels, and moving averages in its place.
 """
 
-import json
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,14 +14,15 @@ from ml_collections import ConfigDict
 from configs.experiments import cifar10_tiny
 
 
-def options(**attributes: Any) -> dict[str, str]:
+def options(**attributes: Any) -> dict[str, Any]:
     """Returns the config keys that set attributes of the normaliser."""
-    return {"norm_options": json.dumps(attributes)}
+    return {"norm_options": attributes}
 
 
 def get_config() -> ConfigDict:
     """Returns the study."""
     config = cifar10_tiny.get_config()
+    config.plugins = ("train.studies.controls",)
     config.norm = "kalman_wc"
     config.variants = (
         ("reference", {}),

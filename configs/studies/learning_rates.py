@@ -7,11 +7,9 @@ A comparison at one rate for all favours those whose rate it is. "falling" are g
 that fall to 0 over the run, from their default or from 0.005. Ramps and falling gains
 are cut to the protocol's 800 updates: change its length here, not by a flag. With
 ``--config.warmup_epochs=1`` the rate rises to it over the first epoch, and with
-``--config.clip_norm=1.0`` gradients are clipped, which KN needs at high rates;
-``--at_once=1`` compiles once for all rates and seeds of a normaliser.
+``--config.clip_norm=1.0`` gradients are clipped, which KN needs at high rates.
 """
 
-import json
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -49,7 +47,7 @@ def _entries(steps: int) -> list[tuple[str, dict[str, Any]]]:
             {
                 "norm": norm,
                 "micro_batch_size": size,
-                "norm_options": json.dumps({"decay_steps": steps} | gain),
+                "norm_options": {"decay_steps": steps} | gain,
             },
         )
         for norm in ("kalman_wc", "kalman_ws")

@@ -11,7 +11,6 @@ nothing to them. Ramps and warm-ups that their authors give in steps of a long s
 are cut to the same share of this one: change its length here, not by a flag.
 """
 
-import json
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -82,4 +81,4 @@ def ramp(norm: str, steps: int) -> dict[str, Any]:
         options = {"warmup_steps": 16, "renorm_warmup_steps": 16}
     elif norm == "cross_iteration":
         options = {"burn_in": steps // 4}
-    return {"norm_options": json.dumps(options)}
+    return {"norm_options": options}

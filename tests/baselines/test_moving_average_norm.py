@@ -16,7 +16,9 @@ from kalman_flax.layers.linear import Conv, centre_kernel
 from kalman_flax.models import ResNet
 from tests.train.common import tiny_config
 from train.data.batches import Split
-from train.engine.mesh import make_mesh, take
+from train.data.sets import Dataset
+from train.engine.classification import Classification
+from train.engine.mesh import make_key, make_mesh, take
 from train.engine.step import create_state, jit_update, make_update
 
 EPSILON = 1e-5
@@ -56,19 +58,20 @@ def assert_train_step_moves_gradient_stats(norm, conv=Conv):
     """Two updates of ResNet-8 by the trainer: finite, and every statistic moved."""
     config = tiny_config(batch_size=4)
     network = ResNet(10, blocks_per_stage=1, width=4, norm=norm, conv=conv)
-    optimizer = optax.sgd(0.1)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     mesh = make_mesh(replicas=2)
     split = take(mesh, Split(images, np.arange(4)), np.arange(4))
-    state = create_state(network, optimizer, 1, (8, 8, 1), mesh)
+    images = Dataset(Split(images, np.arange(4)), None, 10)
+    task = Classification(config, mesh, images, network, lambda x: x / 128.0 - 1.0)
+    key = make_key(mesh, 1)
+    state = create_state(task, optax.sgd, key, mesh)
     norms = {path[:-1] for path in traverse_util.flatten_dict(state.gradient_stats)}
     assert len(norms) == 7  # all that the network has
     before = jax.tree.map(np.array, state.gradient_stats)
     chex.assert_trees_all_equal(before, jax.tree.map(np.zeros_like, before))
-    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
-    step = jit_update(update)
+    step = jit_update(make_update(task, optax.sgd, config, mesh))
     for _ in range(2):
-        state, metrics = step(state, split)
+        state, metrics = step(state, split, key, jnp.array([0.1]))
         after = jax.tree.map(np.array, state.gradient_stats)
         moved = jax.tree.map(lambda a, b: np.any(a != b), before, after)
         assert all(jax.tree.leaves(moved)), moved

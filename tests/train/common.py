@@ -10,7 +10,7 @@ INDEX = np.arange(8)
 
 def batch(experiment, index=INDEX):
     """The training examples `index`, as the train step takes them."""
-    return take(experiment.mesh, experiment.train, index)
+    return take(experiment.mesh, experiment.task.train, index)
 
 
 def tiny_config(**overrides):

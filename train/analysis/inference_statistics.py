@@ -10,10 +10,9 @@ import numpy as np
 
 from kalman_flax import compiler_options
 from kalman_flax.inference.precise import precise_statistics
-from train.data.batches import augment
 from train.engine.experiment import Experiment
-from train.engine.mesh import SAME, SPLIT
-from train.engine.step import Draws, TrainState, apply_replicas, draw, replicas_of
+from train.engine.mesh import SPLIT, over_devices
+from train.engine.step import Draws, TrainState, draw, replicas_of
 
 AUTO = "auto"
 #: what `choose_weight` chooses from
@@ -42,10 +41,11 @@ def parse_weight(text: str | None) -> float | str | None:
 def choose_weight(experiment: Experiment, state: TrainState) -> float:
     """Returns which of `WEIGHTS` has the smallest loss on training images, as they are,
     of which it takes as many as there are test images."""
-    split = experiment.train.take(experiment.test.examples)
+    task = experiment.task
+    split = task.train.take(task.test.examples)
 
     def loss(weight: float) -> float:
-        return experiment.evaluate(state, split, weight)["weighed_loss"]
+        return task.evaluate(state, split, weight)["weighed_loss"]
 
     return min(WEIGHTS, key=loss)
 
@@ -56,26 +56,17 @@ def recompute(
     """Returns `state` with the precise statistics of the first `batches` training
     batches, split into micro-batches and augmented as in training."""
 
-    def on_device(state: TrainState, images: jax.Array, draws: Draws) -> Any:
-        images = experiment.standardize(
-            augment(images, draws.crops, config.crop_padding)
-        )
-        _, written = apply_replicas(
-            experiment.network, state.variables, images, draws.keys
-        )
-        return written["batch_stats"]
+    task, mesh = experiment.task, experiment.mesh
+    replicas = replicas_of(config, mesh)
 
-    replicas = replicas_of(config, experiment.mesh)
-    over_devices = jax.shard_map(
-        on_device,
-        mesh=experiment.mesh,
-        in_specs=(SAME, SPLIT, SPLIT),
-        out_specs=SPLIT,
-    )
+    def on_device(state: TrainState, images: jax.Array, draws: Draws) -> Any:
+        _, written = task.replicas(task.network, state.variables, images, *draws)
+        return written["batch_stats"]
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
-        return over_devices(state, images, draw(config, config.seed, step, replicas))
+        draws = draw(task, experiment.key, step, replicas)
+        return over_devices(on_device, mesh, out=SPLIT)(state, images, draws)
 
     stats = precise_statistics(
         lambda step: write(state, experiment.batch(step).images, step),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -17,11 +15,10 @@ from ml_collections import ConfigDict
 
 from kalman_flax import compiler_options
 from kalman_flax.registry import KERNEL_MAPS
-from train.data.batches import augment, draw_crops
+from train.data.batches import draw_crops
 from train.engine import workdir as wd
 from train.engine.experiment import Experiment, build
-from train.engine.mesh import SAME
-from train.engine.step import apply_replicas
+from train.engine.mesh import over_devices
 
 ESTIMATES = ("observed", "predicted", "filtered", "moving")
 #: what is wrong with an estimate, root mean squares over channels and micro-batches
@@ -45,7 +42,7 @@ def watched(config: ConfigDict) -> ConfigDict:
     """
     if config.norm in ("batch", *(f"batch{end}" for end in KERNEL_MAPS)):
         config.norm = config.norm.replace("batch", "kalman")
-        config.norm_options = json.dumps({"gain": 1.0, "learn_gain": None})
+        config.norm_options = {"gain": 1.0, "learn_gain": None}
     elif not config.norm.startswith(("kalman", "control")):
         raise ValueError(
             f"{config.norm!r} does not filter statistics of the micro-batch; expected a"
@@ -112,33 +109,34 @@ def _states(
     experiment: Experiment, config: ConfigDict, size: int, images: int
 ) -> Iterator[dict[str, Layers]]:
     """Yields what the normalisers report of one batch after the other, ``[R, C]``."""
-    count = experiment.train.examples
+    task, mesh = experiment.task, experiment.mesh
+    count = task.train.examples
     count = min(images or count, count)
     step = min(BATCH, count) // size * size
     if not step:
         raise ValueError(f"{count} images hold no micro-batch of {size}.")
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    @functools.partial(
-        jax.shard_map, mesh=experiment.mesh, in_specs=SAME, out_specs=SAME
-    )
-    def run(images: jax.Array, first: jax.Array) -> Any:
+    def on_device(given: tuple[jax.Array, jax.Array]) -> Any:
+        images, first = given
         key = jax.random.fold_in(jax.random.key(config.seed), first)
         crops = draw_crops(key, step, config.crop_padding, config.flip)
-        _, written = apply_replicas(
-            experiment.network,
+        _, written = task.replicas(
+            task.network,
             experiment.state.variables,
-            experiment.standardize(augment(images, crops, config.crop_padding)),
+            images,
+            crops,
             jax.random.split(key, step // size),
             mutable=("batch_stats", "intermediates"),
         )
         return written["intermediates"]
 
+    options = compiler_options()
+    run = jax.jit(over_devices(on_device, mesh), compiler_options=options)
     # Whole batches only, and in random order: the classes must not come in turn.
     order = np.random.default_rng(config.seed).permutation(count)
     for start in range(0, count - step + 1, step):
         index = order[start : start + step]
-        found = run(experiment.train.read(index).images, index[0])
+        found = run((task.train.read(index).images, index[0]))
         flat = traverse_util.flatten_dict(jax.device_get(found))
         seen: dict[str, Layers] = {}
         for (*path, kind), state in flat.items():

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from train.data.batches import Split
 from train.data.sets import Dataset
-from train.engine.experiment import make_network, make_optimizer
-from train.engine.mesh import make_mesh, take
+from train.engine.classification import Classification, make_network
+from train.engine.mesh import make_key, make_mesh, take
+from train.engine.optimizer import make_optimizer
 from train.engine.step import TrainState, create_state, jit_update, make_update
 
 
 def prepare(
     config: ConfigDict, size: int, num_classes: int = 10
-) -> tuple[Any, Any, TrainState, Split]:
-    """Returns network, train step, state and a batch of random images of that size."""
+) -> tuple[Classification, Any, TrainState, Split]:
+    """Returns task, train step, state and a batch of random images of that size."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
     labels = random.integers(0, num_classes, config.batch_size, np.int32)
     split = Split(images, labels)
-    network = make_network(config, Dataset(split, split, num_classes))
-    optimizer = make_optimizer(config, lambda step: config.learning_rate)
     mesh = make_mesh(config.batch_size // config.micro_batch_size)
-    state = create_state(network, optimizer, 0, images.shape[1:], mesh)
-    update = make_update(network, optimizer, lambda x: x / 128.0 - 1.0, config, mesh)
-    batch = take(mesh, split, np.arange(config.batch_size))
-    return network, jit_update(update), state, batch
+    task = Classification(
+        config,
+        mesh,
+        Dataset(split, split, num_classes),
+        make_network(config, num_classes),
+        lambda x: x / 128.0 - 1.0,
+    )
+    optimizer = functools.partial(make_optimizer, config)
+    key = make_key(mesh, 0)
+    state = create_state(task, optimizer, key, mesh)
+    step = jit_update(
+        at_constant_rate(config, make_update(task, optimizer, config, mesh), key)
+    )
+    return task, step, state, take(mesh, split, np.arange(config.batch_size))
+
+
+def at_constant_rate(config: ConfigDict, update: Callable, key: jax.Array) -> Callable:
+    """Returns the update ``(state, batch) -> (state, metrics)``, at one rate."""
+    rates = jnp.array([config.learning_rate])  # whose last is that of all later steps
+    return lambda state, batch: update(state, batch, key, rates)
 
 
 class Stepper:

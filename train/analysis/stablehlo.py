@@ -16,7 +16,7 @@ from kalman_flax import Conv, export_batch_norm, relu
 from kalman_flax.baselines.flax_norms import BatchNorm
 from kalman_flax.layers.linear import RNG
 from train.data.batches import Standardize
-from train.engine.score import infer
+from train.engine.classification import infer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

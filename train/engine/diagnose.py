@@ -11,32 +11,38 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from train.data.batches import Split
 from train.engine.experiment import Experiment
-from train.engine.mesh import DEVICES, SAME, SPLIT
-from train.engine.step import Draws, TrainState, draw, loss_of, replicas_of
+from train.engine.mesh import DEVICES, over_devices
+from train.engine.step import (
+    Draws,
+    TrainState,
+    draw,
+    gradient_of,
+    replicas_of,
+    varying,
+)
 
 
 def find_bad_number(
-    experiment: Experiment, config: Any, state: TrainState, batch: Split
+    experiment: Experiment, config: Any, state: TrainState, batch: Any
 ) -> str:
     """Says in words which layer is the first to give a NaN or an infinity in the update
     of `state` by `batch`: forward, else backward, else in the update itself."""
     layers: list[str] = []
-    network = experiment.network.clone(remat=False)  # traces a layer twice
+    task, mesh = experiment.task, experiment.mesh
+    network = task.network.clone(remat=False)  # traces a layer twice
 
-    def on_device(state: TrainState, batch: Split, draws: Draws) -> tuple[Any, Any]:
+    def on_device(state: TrainState, batch: Any, draws: Draws) -> tuple[Any, Any]:
         layers.clear()
-        learned = lax.pcast(state.learned, DEVICES, to="varying")
         with nn.intercept_methods(_watch(layers)):
-            grads, (_, written) = jax.grad(loss_of, has_aux=True)(
-                learned,
-                network,
-                experiment.standardize,
+            grads, (_, written) = gradient_of(
+                task,
                 config,
                 state,
+                varying(state.learned),
                 batch,
                 draws,
+                network=network,
                 mutable=("batch_stats", "intermediates"),
             )
         flags = {
@@ -52,14 +58,9 @@ def find_bad_number(
         backward = jax.tree.map(lambda g: jnp.sum(~jnp.isfinite(g)), grads["params"])
         return lax.psum((forward, backward), DEVICES)
 
-    over_devices = jax.shard_map(
-        on_device,
-        mesh=experiment.mesh,
-        in_specs=(SAME, SPLIT, SPLIT),
-        out_specs=SAME,
-    )
-    draws = draw(config, config.seed, state.step, replicas_of(config, experiment.mesh))
-    forward, backward = jax.device_get(jax.jit(over_devices)(state, batch, draws))
+    draws = draw(task, experiment.key, state.step, replicas_of(config, mesh))
+    count = jax.jit(over_devices(on_device, mesh))
+    forward, backward = jax.device_get(count(state, batch, draws))
     for layer, bad in zip(layers, forward):
         if bad:
             return f"{layer} is the first layer whose output is not finite"

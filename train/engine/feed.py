@@ -19,8 +19,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from train.data.batches import Split
 from train.engine.mesh import local_rows, take
+from train.engine.task import Source
 
 #: images, at most, that a thread or a process reads at a time
 PIECE = 32
@@ -28,7 +28,35 @@ PIECE = 32
 MOST_THREADS = 32
 
 #: from the step and some rows of its batch to these, on the host
-Read = Callable[[int, np.ndarray], Split]
+Read = Callable[[int, np.ndarray], Any]
+
+
+def batches_of(
+    mesh: Mesh,
+    source: Source,
+    size: int,
+    index: Callable[[int], np.ndarray],
+    workers: int = 0,
+    key: Callable[[int], tuple[int, ...]] | None = None,
+) -> Callable[[int], Any]:
+    """Returns a map from the number of a batch to its examples, a pytree of arrays
+    ``[size, ...]``, split over the devices.
+
+    Args:
+        mesh: the devices.
+        source: what to read.
+        size: examples a batch.
+        index: from the number of a batch to its examples, ``[size]``.
+        workers: as of `read_ahead`.
+        key: from the number of a batch to that of its random numbers; None: without.
+    """
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(source)):
+        return lambda number: take(mesh, source, index(number))
+
+    def read(number: int, rows: np.ndarray) -> Any:
+        return source.read(index(number)[rows], key=key and key(number))
+
+    return Feed(mesh, size, read, workers)
 
 
 class Feed:
@@ -52,9 +80,9 @@ class Feed:
         self._rows = np.flatnonzero(mine)
         self._place = np.cumsum(mine) - 1  # of a row of the batch among ours
         self._next: int | None = None
-        self._batches: Iterator[Split] = iter(())
+        self._batches: Iterator[Any] = iter(())
 
-    def __call__(self, step: int) -> Split:
+    def __call__(self, step: int) -> Any:
         """Returns the batch of `step`, split over the devices."""
         if step != self._next:
             self._batches = read_ahead(self._read, self._rows, step, self._workers)
@@ -62,9 +90,7 @@ class Feed:
         return take(self._mesh, next(self._batches), self._place)
 
 
-def read_ahead(
-    read: Read, rows: np.ndarray, step: int, workers: int
-) -> Iterator[Split]:
+def read_ahead(read: Read, rows: np.ndarray, step: int, workers: int) -> Iterator[Any]:
     """Yields `rows` of the batches of `step` and all steps after it, on the host.
 
     Args:
@@ -79,7 +105,7 @@ def read_ahead(
     size = math.gcd(len(rows), PIECE)
     parts = len(rows) // size
 
-    def piece(number: int) -> Split:
+    def piece(number: int) -> Any:
         step, part = divmod(number, parts)
         return read(step, rows[part * size : (part + 1) * size])
 
@@ -108,14 +134,14 @@ def _end_with_trainer(*_: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _join(pieces: Iterable[Split]) -> Split:
-    return Split(*map(np.concatenate, zip(*pieces)))
+def _join(pieces: Iterable[Any]) -> Any:
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 
 class Ahead(contextlib.AbstractContextManager):
     """Has the batches of the next steps brought to the devices, by a thread."""
 
-    def __init__(self, batch: Callable[[int], Split], steps: range, depth: int = 2):
+    def __init__(self, batch: Callable[[int], Any], steps: range, depth: int = 2):
         """Starts with the first `depth` of `steps`.
 
         Args:
@@ -125,7 +151,7 @@ class Ahead(contextlib.AbstractContextManager):
         """
         self._batch, self._steps = batch, iter(steps)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        self._ready: collections.deque[Future[Split]] = collections.deque()
+        self._ready: collections.deque[Future[Any]] = collections.deque()
         self._waited, self._since = 0.0, time.monotonic()
         for _ in range(depth):
             self._start()
@@ -135,7 +161,7 @@ class Ahead(contextlib.AbstractContextManager):
             self._ready.append(self._thread.submit(self._batch, step))
             break
 
-    def next(self, under_way: Any) -> Split:
+    def next(self, under_way: Any) -> Any:
         """Returns the next batch.
 
         Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -42,6 +42,33 @@ def make_mesh(replicas: int, devices: Sequence[jax.Device] | None = None) -> Mes
 def same(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, SAME)
+
+
+def make_key(mesh: Mesh, seed: int) -> jax.Array:
+    """Returns the key of a seed below 2^32, on every device. All random numbers of a
+    run on devices come from it."""
+    return jax.jit(jax.random.key, out_shardings=same(mesh))(np.uint32(seed))
+
+
+def over_devices(
+    function: Callable[..., Any], mesh: Mesh, out: PartitionSpec = SAME
+) -> Callable[..., Any]:
+    """Returns `function`, run by every device on its rows.
+
+    Args:
+        function: its first argument every device gets whole, of the others the rows
+            that lie on it. Between them it reduces over `DEVICES` itself.
+        mesh: the devices.
+        out: what it returns: `SAME`, the same on all, or `SPLIT`, rows.
+    """
+
+    def run(whole: Any, *split: Any) -> Any:
+        specs = (SAME, *[SPLIT] * len(split))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)(
+            whole, *split
+        )
+
+    return run
 
 
 def local_rows(mesh: Mesh, examples: int) -> np.ndarray:

@@ -67,17 +67,15 @@ def primary() -> bool:
 
 
 def check_equal(what: str, value: int) -> None:
-    """Raises a ValueError, in all processes, unless `value` is the same in all."""
+    """Raises a ValueError, in all processes, unless `value` is the same in all.
+
+    `multihost_utils.assert_equal` would not say which process has what.
+    """
     if jax.process_count() == 1:
         return
     values = multihost_utils.process_allgather(np.int64(value)).tolist()
     if len(set(values)) > 1:
         raise ValueError(f"processes that train together differ in {what}: {values}.")
-
-
-def wait_for_all(where: str) -> None:
-    """Goes on when all processes have come to `where`."""
-    multihost_utils.sync_global_devices(where)
 
 
 class Stopped(Exception):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from typing import Any
 
-from kalman_flax import NETWORKS, NORMALIZERS, Normalization, normalization
+from configs import base
 from kalman_flax._filter.state import check_choice
-from train.data.batches import STANDARDIZE
-from train.engine.mesh import DEVICES
+from train.engine import plugins
+from train.engine.classification import Classification
+from train.engine.normalizer import make_normalization
+from train.engine.optimizer import OPTIMIZERS, check_optimizer
 from train.engine.profile import check_steps
-from train.studies.controls import CONTROLS
+from train.engine.schedule import check_schedule
+from train.engine.task import Task
+
+#: those of the engine; plugins may have others
+TASKS: dict[str, type[Task]] = {"classification": Classification}
 
 #: the least that they may be
 _AT_LEAST = {
@@ -18,18 +24,21 @@ _AT_LEAST = {
     "micro_batch_size": 1,
     "accumulate": 1,
     "eval_batch_size": 1,
-    "epochs": 1,
     "log_steps": 1,
     "eval_epochs": 1,
     "checkpoint_epochs": 1,
     "blocks_per_stage": 1,
     "width": 1,
     "image_size": 1,
+    "epochs": 0,
+    "total_steps": 0,
     "train_examples": 0,
     "test_examples": 0,
     "crop_padding": 0,
     "data_workers": 0,
     "warmup_epochs": 0,
+    "warmup_steps": 0,
+    "warmup_from": 0,
     "learning_rate": 0,
     "weight_decay": 0,
     "clip_norm": 0,
@@ -37,17 +46,8 @@ _AT_LEAST = {
 }
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "network": tuple(NETWORKS),
     "schedule": ("cosine", "step"),
-    "standardize": STANDARDIZE,
-}
-#: attributes of a normaliser that its options cannot set, and what does
-_SET_BY = {
-    "momentum": "the key stats_momentum",
-    "axis_name": "the key sync_statistics",
-    "dtype": "the key dtype",
-    "use_running_average": "training and inference",
-    "name": "the network",
+    "optimizer": tuple(OPTIMIZERS),
 }
 
 
@@ -57,30 +57,41 @@ def check(config: Any) -> int:
     Raises:
         ValueError: a key that cannot be, by itself or beside others.
     """
+    _check_keys(config)
     for key, least in _AT_LEAST.items():
         if not config[key] >= least:
             raise ValueError(f"{key} is {config[key]}; expected at least {least}.")
+    if config.seed >= 2**32:
+        raise ValueError(f"seed is {config.seed}; expected less than 2^32.")
     for key, choices in _CHOICES.items():
         check_choice(key, config[key], choices)
     check_steps(config.profile_steps)
-    _check_schedule(config)
+    check_schedule(config)
+    check_optimizer(config)
     make_normalization(config)
+    task_of(config).check(config)
     return _side_by_side(config)
 
 
-def _check_schedule(config: Any) -> None:
-    if config.warmup_epochs >= config.epochs:
-        raise ValueError(
-            f"warmup_epochs {config.warmup_epochs} leaves none of epochs"
-            f" {config.epochs}."
-        )
-    at = config.step_epochs
-    if len(at) != len(config.step_factors):
-        raise ValueError(
-            f"step_epochs {at} and step_factors {config.step_factors} differ in length."
-        )
-    if sorted(set(at)) != list(at):
-        raise ValueError(f"step_epochs is {at}; expected each later than the last.")
+def task_of(config: Any) -> type[Task]:
+    """Returns the class of the task that `config` names.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    tasks = plugins.known(config, "TASKS", TASKS)
+    check_choice("task", config.task, tuple(tasks))
+    return tasks[config.task]
+
+
+def _check_keys(config: Any) -> None:
+    """The command line would take any key, for those of nested options are not known
+    beforehand."""
+    keys = set(base.get_config())
+    for key in sorted(set(config) - keys):
+        close = difflib.get_close_matches(key, keys, 1)
+        hint = f' Did you mean "{close[0]}"?' if close else ""
+        raise ValueError(f"a config has no key {key!r}.{hint}")
 
 
 def _side_by_side(config: Any) -> int:
@@ -96,25 +107,3 @@ def _side_by_side(config: Any) -> int:
             f" accumulate = {config.accumulate} equal parts."
         )
     return config.batch_size // part
-
-
-def make_normalization(config: Any) -> Normalization:
-    """Looks up the normaliser that `config` names, and sets its options."""
-    try:
-        options = json.loads(config.norm_options)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"norm_options is {config.norm_options!r}, which is not JSON ({error});"
-            ' expected an object such as {"gain": 0.5, "learn_gain": null}.'
-        ) from error
-    if not isinstance(options, dict):
-        raise ValueError(f"norm_options is {config.norm_options}; expected an object.")
-    for option in options.keys() & _SET_BY.keys():
-        raise ValueError(f"norm_options sets {option}, which {_SET_BY[option]} sets.")
-    return normalization(
-        config.norm,
-        momentum=config.stats_momentum,
-        axis_name=DEVICES if config.sync_statistics else None,
-        known=NORMALIZERS | CONTROLS,
-        **options,
-    )

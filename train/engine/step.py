@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from kalman_flax import compiler_options, merge_running
 from kalman_flax.layers.linear import RNG
-from train.data.batches import Crops, Split, augment, draw_crops
-from train.engine.mesh import DEVICES, SAME, SPLIT, same
+from train.engine.mesh import DEVICES, over_devices, same
+from train.engine.task import Task
 
+#: from the learning rate by step to the optimiser
+MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 Metrics = dict[str, jax.Array]
 
 
@@ -51,38 +53,24 @@ class TrainState(flax.struct.PyTreeNode):
         return self.learned | {"batch_stats": self.batch_stats}
 
 
-def init_state(
-    network: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: jax.Array | int,
-    image_shape: tuple[int, ...],
-) -> TrainState:
-    """Initialises network and optimiser for images of `image_shape`, ``[H, W, C]``."""
-    key = jax.random.key(seed)
-    variables = network.init(
-        {"params": key, RNG: key},
-        jnp.zeros((1, *image_shape)),
-        use_running_average=False,
-    )
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        gradient_stats=variables.get("gradient_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
-    )
-
-
 def create_state(
-    network: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    image_shape: tuple[int, ...],
-    mesh: Mesh,
+    task: Task, make_optimizer: MakeOptimizer, key: jax.Array, mesh: Mesh
 ) -> TrainState:
-    """Returns `init_state`, the same on every device of `mesh`."""
-    init = functools.partial(init_state, network, optimizer, seed, image_shape)
-    return jax.jit(init, out_shardings=same(mesh))()
+    """Initialises network and optimiser, the same on every device of `mesh`."""
+
+    def init(key: jax.Array) -> TrainState:
+        variables = task.network.init(
+            {"params": key, RNG: key}, task.inputs(), use_running_average=False
+        )
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            gradient_stats=variables.get("gradient_stats", {}),
+            opt_state=make_optimizer(lambda step: 0.0).init(variables["params"]),
+        )
+
+    return jax.jit(init, out_shardings=same(mesh))(key)
 
 
 class Draws(NamedTuple):
@@ -92,24 +80,18 @@ class Draws(NamedTuple):
     in a resumed run, and on any number of devices.
 
     Attributes:
-        crops: of each example.
+        examples: of each example, as the task draws them.
         keys: of each replica, ``[R]``, for the Monte Carlo transition.
     """
 
-    crops: Crops
+    examples: Any
     keys: jax.Array
 
 
-def draw(
-    config: Any, seed: jax.Array | int, step: jax.Array | int, replicas: int
-) -> Draws:
-    """Draws the random numbers of update `step`, for ``config.batch_size`` examples."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    crop_key, replica_key = jax.random.split(key)
-    return Draws(
-        draw_crops(crop_key, config.batch_size, config.crop_padding, config.flip),
-        jax.random.split(replica_key, replicas),
-    )
+def draw(task: Task, key: jax.Array, step: jax.Array | int, replicas: int) -> Draws:
+    """Draws the random numbers of update `step` of the run whose key it is."""
+    example_key, replica_key = jax.random.split(jax.random.fold_in(key, step))
+    return Draws(task.draw(example_key), jax.random.split(replica_key, replicas))
 
 
 def replicas_of(config: Any, mesh: Mesh) -> int:
@@ -126,25 +108,25 @@ def replicas_of(config: Any, mesh: Mesh) -> int:
 def apply_replicas(
     network: nn.Module,
     variables: dict[str, Any],
-    images: jax.Array,
+    inputs: Any,
     keys: jax.Array,
     mutable: Sequence[str] = ("batch_stats",),
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """Runs every micro-batch by its own statistics, as independent replicas.
 
     Args:
-        network: maps images to logits.
+        network: called with `inputs`.
         variables: the network's collections, the same for all replicas.
-        images: ``[N, H, W, C]``, split evenly among the replicas.
+        inputs: a pytree of arrays ``[N, ...]``, split evenly among the replicas.
         keys: one of each replica, ``[R]``, for the Monte Carlo transition.
         mutable: collections that the network may write.
 
     Returns:
-        logits ``[N, num_classes]``, and the collections that each replica wrote, with a
-        leading axis of replicas.
+        outputs, a pytree of arrays ``[N, ...]``, and the collections that each replica
+        wrote, with a leading axis of replicas.
     """
 
-    def forward(x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+    def forward(x: Any, key: jax.Array) -> tuple[Any, Any]:
         return network.apply(
             variables,
             x,
@@ -153,8 +135,8 @@ def apply_replicas(
             rngs={RNG: key},
         )
 
-    logits, written = jax.vmap(forward)(split_evenly(images, len(keys)), keys)
-    return logits.reshape(-1, logits.shape[-1]), written
+    outputs, written = jax.vmap(forward)(split_evenly(inputs, len(keys)), keys)
+    return _join(outputs), written
 
 
 def split_evenly(tree: Any, parts: int) -> Any:
@@ -162,107 +144,133 @@ def split_evenly(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
 
 
-def loss_of(
-    learned: dict[str, Any],
-    network: nn.Module,
-    standardize: Callable[[jax.Array], jax.Array],
+def _join(tree: Any) -> Any:
+    """Joins what `split_evenly` split."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+class Found(NamedTuple):
+    """What comes of some examples of a batch.
+
+    Attributes:
+        share: what they add to the means over the whole batch, by name.
+        written: by each replica, collections with a leading axis of those.
+    """
+
+    share: Metrics
+    written: Any
+
+
+def gradient_of(
+    task: Task,
     config: Any,
     state: TrainState,
-    batch: Split,
+    learned: dict[str, Any],
+    batch: Any,
     draws: Draws,
-    mutable: Sequence[str] = ("batch_stats",),
-) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    """Returns what these examples add to the mean cross-entropy of the whole batch.
+    **options: Any,
+) -> tuple[dict[str, Any], Found]:
+    """Returns the gradient of what these examples add to the mean loss of the batch.
 
-    And with it: this share and that of the accuracy, ``[2]``, and what `apply_replicas`
-    says that the replicas wrote. `learned` takes the place of ``state.learned``.
+    Args:
+        task: whose loss.
+        config: of the run.
+        state: of the run.
+        learned: where to take the gradient; takes the place of ``state.learned``.
+        batch: some of the examples of a batch, whole micro-batches.
+        draws: theirs.
+        **options: ``network`` in place of the task's, ``mutable`` as of `Task.loss`.
     """
-    images = standardize(augment(batch.images, draws.crops, config.crop_padding))
-    logits, written = apply_replicas(
-        network, state.variables | learned, images, draws.keys, mutable
-    )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    correct = jnp.argmax(logits, -1) == batch.labels
-    share = jnp.array([jnp.sum(loss), jnp.sum(correct)]) / config.batch_size
-    return share[0], (share, written)
+    network = options.pop("network", task.network)
+
+    def loss(learned: dict[str, Any]) -> tuple[jax.Array, Found]:
+        variables = state.variables | learned
+        sums, written = task.loss(network, variables, batch, *draws, **options)
+        share = jax.tree.map(lambda total: total / config.batch_size, sums)
+        return share["loss"], Found(share, written)
+
+    return jax.grad(loss, has_aux=True)(learned)
+
+
+def varying(learned: dict[str, Any]) -> dict[str, Any]:
+    """Lets every device have a gradient of its own, where that of what is the same on
+    all would be summed over them on the way."""
+    return lax.pcast(learned, DEVICES, to="varying")
 
 
 def make_update(
-    network: nn.Module,
-    optimizer: optax.GradientTransformation,
-    standardize: Callable[[jax.Array], jax.Array],
-    config: Any,
-    mesh: Mesh,
+    task: Task, make_optimizer: MakeOptimizer, config: Any, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns the update ``(state, batch, seed=config.seed) -> (state, metrics)``.
+    """Returns the update ``(state, batch, key, rates) -> (state, metrics)``.
 
-    `batch` is split over the devices of `mesh`, `state` the same on all. A device runs
-    its micro-batches as replicas, in ``config.accumulate`` parts one after the other.
-    What it finds is its share of a sum over the batch, and so neither the loss, which
-    is the mean cross-entropy per image, nor the gradient depends on the split. Only
-    these sums and the running statistics cross devices.
+    `batch` is split over the devices of `mesh`, all else the same on all. `key` is that
+    of the run, `rates` its learning rates by step, ``[steps]``: as arguments, so that
+    runs that differ in them are one program. A device runs its micro-batches as
+    replicas, in ``config.accumulate`` parts one after the other. What it finds is its
+    share of a sum over the batch, and so neither the loss, which is the mean per
+    example, nor the gradient depends on the split. Only these sums and the running
+    statistics cross devices.
     """
     replicas = replicas_of(config, mesh)
-
-    def on_device(
-        state: TrainState, batch: Split, draws: Draws
-    ) -> tuple[jax.Array, Any, Any]:
-        # Gradients of what is the same on all devices would be summed on the way, and
-        # once more below.
-        learned = lax.pcast(state.learned, DEVICES, to="varying")
-
-        def gradient(learned: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
-            grads, (share, written) = jax.grad(loss_of, has_aux=True)(
-                learned, network, standardize, config, state, *given
-            )
-            return grads, (share, written.get("batch_stats", {}))
-
-        def part(total: Any, given: tuple[Split, Draws]) -> tuple[Any, Any]:
-            # The barrier lets no part begin before the one in front of it has ended:
-            # that is what saves memory.
-            ready, total = lax.optimization_barrier((learned, total))
-            grads, found = gradient(ready, given)
-            return jax.tree.map(jnp.add, total, grads), found
-
-        if config.accumulate == 1:  # no sum to begin at 0, and nothing to wait for
-            grads, (share, written) = gradient(learned, (batch, draws))
-        else:
-            grads, (shares, written) = _in_turn(
-                part,
-                jax.tree.map(jnp.zeros_like, learned),
-                split_evenly((batch, draws), config.accumulate),
-            )
-            written = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
-            share = jnp.sum(shares, axis=0)
-        share, grads = lax.psum((share, grads), DEVICES)
-        return share, grads, merge_running(written, config.stats_momentum, DEVICES)
-
-    over_devices = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(SAME, SPLIT, SPLIT), out_specs=SAME
-    )
+    on_device = functools.partial(_on_device, task, config)
 
     def update(
-        state: TrainState, batch: Split, seed: jax.Array | int = config.seed
+        state: TrainState, batch: Any, key: jax.Array, rates: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        (loss, accuracy), grads, batch_stats = over_devices(
-            state, batch, draw(config, seed, state.step, replicas)
+        draws = draw(task, key, state.step, replicas)
+        share, grads, batch_stats = over_devices(on_device, mesh)(state, batch, draws)
+        optimizer = make_optimizer(lambda step: rates[step])
+        updates, opt_state = optimizer.update(
+            grads["params"], state.opt_state, state.params
         )
-        # The sum over the replicas, each of which observed one.
-        gradient_stats = jax.tree.map(lambda g: g / replicas, grads["gradient_stats"])
-        grads = grads["params"]
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         state = TrainState(
             step=state.step + 1,
-            params=params,
+            params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
-            gradient_stats=gradient_stats,
+            # The sum over the replicas, each of which observed one.
+            gradient_stats=jax.tree.map(
+                lambda g: g / replicas, grads["gradient_stats"]
+            ),
             opt_state=opt_state,
         )
-        norm = optax.tree.norm(grads)
-        return state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+        return state, share | {"gradient_norm": optax.tree.norm(grads["params"])}
 
     return update
+
+
+def _on_device(
+    task: Task, config: Any, state: TrainState, batch: Any, draws: Draws
+) -> tuple[Metrics, dict[str, Any], Any]:
+    """Returns means and gradients over the whole batch, and the running statistics,
+    from the rows of it that lie on this device."""
+    gradient = functools.partial(gradient_of, task, config, state)
+    learned = varying(state.learned)
+    if config.accumulate == 1:  # no sum to begin at 0, and nothing to wait for
+        grads, found = gradient(learned, batch, draws)
+    else:
+        parts = split_evenly((batch, draws), config.accumulate)
+        grads, found = _sum_in_turn(gradient, learned, parts)
+    share, grads = lax.psum((found.share, grads), DEVICES)
+    written = found.written.get("batch_stats", {})
+    return share, grads, merge_running(written, config.stats_momentum, DEVICES)
+
+
+def _sum_in_turn(
+    gradient: Callable[..., tuple[Any, Found]], learned: Any, parts: Any
+) -> tuple[Any, Found]:
+    """Sums the gradients of parts, whose arrays have a leading axis, one after the
+    other."""
+
+    def add(total: Any, part: Any) -> tuple[Any, Found]:
+        # The barrier lets no part begin before the one in front of it has ended: that
+        # is what saves memory.
+        ready, total = lax.optimization_barrier((learned, total))
+        grads, found = gradient(ready, *part)
+        return jax.tree.map(jnp.add, total, grads), found
+
+    grads, found = _in_turn(add, jax.tree.map(jnp.zeros_like, learned), parts)
+    share = jax.tree.map(lambda shares: jnp.sum(shares, axis=0), found.share)
+    return grads, Found(share, _join(found.written))
 
 
 def jit_update(update: Callable) -> Callable:

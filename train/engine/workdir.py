@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -34,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 #: keys that a run may go on with another value of, as nothing that it finds hangs on it
 _OF_NO_MATTER = ("data_workers", "debug_nans", "profile_steps")
 LOCK = "lock"
+OWNER = "owner"  # of the lock, in words
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -55,18 +56,17 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         ValueError: another run is at work in it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"another run, {file.read().strip()}, is at work in {workdir}; wait for"
-                " it, stop it, or choose another --workdir."
-            ) from error
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        yield
+    owner = workdir / OWNER
+    try:
+        with filelock.FileLock(workdir / LOCK, blocking=False):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+    except filelock.Timeout as error:
+        at_work = owner.read_text() if owner.exists() else "which has just begun"
+        raise ValueError(
+            f"another run, {at_work}, is at work in {workdir}; wait for it, stop it, or"
+            " choose another --workdir."
+        ) from error
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -125,9 +125,18 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             " `python -m train`."
         )
     config = base.get_config()
-    for key, value in json.loads(path.read_text()).items():
+    for key, value in _as_of_now(json.loads(path.read_text())).items():
         config[key] = tuple(value) if isinstance(value, list) else value
     return config
+
+
+def _as_of_now(content: dict[str, Any]) -> dict[str, Any]:
+    """Puts keys of runs that were made before into the form that they have now."""
+    if isinstance(content.get("norm_options"), str):
+        content["norm_options"] = json.loads(content["norm_options"])
+    if "plugins" not in content and content.get("norm", "").startswith("control_"):
+        content["plugins"] = ["train.studies.controls"]
+    return content
 
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:

@@ -59,7 +59,7 @@ TABLE8 = Trained(
         "BN (bs = 128)": BN | _BIG,
         "GN (bs = 128)": {"norm": "group"} | _BIG,
         # The released code has another gain here.
-        "KN (bs = 128)": KN | _BIG | {"norm_options": '{"gain": 0.95}'},
+        "KN (bs = 128)": KN | _BIG | {"norm_options": {"gain": 0.95}},
         f"KN (bs = 128){OURS}": KN_OURS | _BIG,
     },
     {

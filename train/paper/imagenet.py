@@ -17,7 +17,7 @@ from train.paper.trained import OURS, Column, Trained
 _ROWS = {
     "BN": {"norm": "batch"},
     "BRN": {"norm": "batch_renorm"},
-    "GN": {"norm": "group", "norm_options": '{"num_groups": 32}'},
+    "GN": {"norm": "group", "norm_options": {"num_groups": 32}},
     "KN": {"norm": "kalman_paper"},
     f"KN{OURS}": {"norm": "kalman_wc"},
 }

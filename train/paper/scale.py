@@ -107,7 +107,7 @@ def reduced(full: ConfigDict, config: ConfigDict) -> str:
 
 def _rest(config: ConfigDict) -> dict[str, Any]:
     """The keys that `reduced` has no words of its own for."""
-    rest = dict(config.items())
+    rest = config.to_dict()
     for key in (*_UNESSENTIAL, "train_examples", "test_examples", "epochs", "dataset"):
         del rest[key]
     if config.schedule != "step":

@@ -33,7 +33,6 @@ class Request(NamedTuple):
         networks: those to train, as at full size; None: all.
         norms: those to train with; None: all.
         micro_batch_sizes: likewise.
-        at_once: see `train.studies.runs.run_all`.
     """
 
     scale: str = "full"
@@ -44,7 +43,6 @@ class Request(NamedTuple):
     networks: list[str] | None = None
     norms: list[str] | None = None
     micro_batch_sizes: list[int] | None = None
-    at_once: int | None = None
 
     def wants(self, full: ConfigDict) -> bool:
         """Whether a run of the paper is asked for."""
@@ -111,7 +109,7 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
             run_dir = request.workdir / f"{name}-seed{config.seed}"
             jobs.append(Job(config, name, run_dir))
     found = {name: ([], []) for name in by_name}
-    for job, run in zip(jobs, run_all(jobs, request.data_dir, request.at_once)):
+    for job, run in zip(jobs, run_all(jobs, request.data_dir)):
         runs, dirs = found[job.variant]
         runs.append(run)
         dirs.append(job.run_dir)

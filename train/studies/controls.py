@@ -1,7 +1,8 @@
 """What an ablation puts in place of a part of the filter, under names of its own.
 
 Each takes one thing away from `KalmanNorm` or changes what it is told; none is meant
-for use. They are chosen like the normalisers: ``--config.norm=control_shuffled``.
+for use. They are chosen like the normalisers, ``--config.norm=control_shuffled``, with
+``--config.plugins=train.studies.controls``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _rolled(state: KalmanState) -> KalmanState:
     return jax.tree.map(roll, state)
 
 
-CONTROLS = {
+#: as a plugin of a config has them, see `train.engine.plugins`
+NORMALIZERS = {
     "control_shuffled": Normalization(ShuffledKalmanNorm),
     "control_moving": Normalization(MovingKalmanNorm),
     "control_constant": Normalization(ConstantKalmanNorm),

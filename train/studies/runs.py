@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from train.data.sets import check_prepared
 from train.engine import workdir as wd
-from train.engine.loop import NonFiniteError, train
+from train.engine.loop import train
+from train.engine.run import NonFiniteError
 from train.engine.settings import check
-from train.engine.together import in_common, train_together
 from train.studies import report
 
 
@@ -51,17 +51,13 @@ class Job(NamedTuple):
     run_dir: pathlib.Path
 
 
-def run_all(
-    jobs: Sequence[Job], data_dir: str | None, at_once: int | None = None
-) -> list[report.Run]:
+def run_all(jobs: Sequence[Job], data_dir: str | None) -> list[report.Run]:
     """Trains, or goes on, or reads what finished runs left in their directories; one
     that diverges is a result as well.
 
     Args:
         jobs: the runs, in the order to make them in.
         data_dir: see `train.data.sets.load_dataset`.
-        at_once: up to how many that differ in seed and learning rate alone are trained
-            side by side, by one program; None: each by a program of its own.
 
     Raises:
         ValueError, FileNotFoundError: a bad config, a directory of another run or of
@@ -74,18 +70,7 @@ def run_all(
         check(job.config)
         check_prepared(job.config.dataset, data_dir)
         wd.check_same(job.run_dir, job.config)
-    if at_once is None:
-        return [_run(job, data_dir) for job in jobs]
-    errors: dict[pathlib.Path, NonFiniteError] = {}
-    for alike in _alike(jobs):
-        configs, run_dirs = [j.config for j in alike], [j.run_dir for j in alike]
-        errors |= train_together(configs, run_dirs, data_dir, at_once)
-    return [
-        _report_diverged(job, errors[job.run_dir])
-        if job.run_dir in errors
-        else _run(job, data_dir)  # which is finished, and is read
-        for job in jobs
-    ]
+    return [_run(job, data_dir) for job in jobs]
 
 
 def _run(job: Job, data_dir: str | None) -> report.Run:
@@ -93,13 +78,6 @@ def _run(job: Job, data_dir: str | None) -> report.Run:
         return _report(job, train(job.config, job.run_dir, data_dir))
     except NonFiniteError as error:
         return _report_diverged(job, error)
-
-
-def _alike(jobs: Sequence[Job]) -> Iterable[list[Job]]:
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(in_common(job.config), []).append(job)
-    return groups.values()
 
 
 def _report_diverged(job: Job, error: NonFiniteError) -> report.Run:

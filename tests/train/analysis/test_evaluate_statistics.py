@@ -51,7 +51,7 @@ def test_precise_statistics_are_those_of_the_first_training_batches(sort_batches
         order = epoch_order(config.seed, step // 8, 64)
         index = order[step % 8 * 8 :][:8]
         if sort_batches:
-            labels = np.asarray(experiment.train.labels)
+            labels = np.asarray(experiment.task.train.labels)
             index = np.array(sorted(index, key=lambda i: labels[i]))
         state, _ = experiment.train_step(state, batch(experiment, index))
         new = np.array(state.batch_stats["final_norm"]["mean"])
@@ -73,20 +73,20 @@ def test_weight_is_chosen_by_the_loss_on_training_images():
     faked = dataclasses.replace(experiment, evaluate=made)
     assert inference.choose_weight(faked, faked.state) == 0.2
     for split in asked:
-        np.testing.assert_array_equal(split.images, experiment.train.images)
+        np.testing.assert_array_equal(split.images, experiment.task.train.images)
 
 
 def test_weighed_evaluation_counts_every_image_once():
     experiment = build(tiny_config(eval_batch_size=10))
-    split = experiment.test.take(23)
-    plain = experiment.evaluate(experiment.state, split)
-    weighed = experiment.evaluate(experiment.state, split, 0.0)
+    split = experiment.task.test.take(23)
+    plain = experiment.task.evaluate(experiment.state, split)
+    weighed = experiment.task.evaluate(experiment.state, split, 0.0)
     names = ("loss", "accuracy", "top5_accuracy")
     assert set(weighed) == {f"weighed_{name}" for name in names}
     for name in names:
         value = weighed[f"weighed_{name}"]
         np.testing.assert_allclose(value, plain[f"moving_{name}"], rtol=1e-5)
-    other = experiment.evaluate(experiment.state, split, 0.5)
+    other = experiment.task.evaluate(experiment.state, split, 0.5)
     assert jax.tree.leaves(other) != jax.tree.leaves(weighed)
 
 

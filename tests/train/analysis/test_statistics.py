@@ -48,9 +48,9 @@ def test_pooled_moments_are_those_of_all_values():
 @pytest.mark.parametrize("size", [1, 4])
 def test_against_numpy_at_the_stem(size):
     """The first normaliser's input does not depend on any normaliser."""
-    config = tiny_config(norm="kalman", norm_options='{"gain": 0.25}')
+    config = tiny_config(norm="kalman", norm_options={"gain": 0.25})
     experiment, truth, estimates = measured(config, size)
-    images = experiment.standardize(experiment.train.images)
+    images = experiment.task.standardize(experiment.task.train.images)
     kernel = experiment.state.params["stem"]["kernel"]
     x = lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -147,8 +147,9 @@ def test_gaps_to_the_moving_variance():
 
 
 def test_command(tmp_path):
-    learned = '--config.norm_options={"learn_gain": "channel", "gain": 0.3}'
-    run("train", *TINY, learned, f"--workdir={tmp_path}")
+    learned = ("learn_gain=channel", "gain=0.3")
+    learned = [f"--config.norm_options.{option}" for option in learned]
+    run("train", *TINY, *learned, f"--workdir={tmp_path}")
     sizes = "--micro_batch_sizes=1,4"
     out = run("train.statistics", f"--workdir={tmp_path}", sizes)
     table = [line for line in out.splitlines() if line.startswith("|")]

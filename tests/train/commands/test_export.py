@@ -20,9 +20,9 @@ from tests.train.commands.test_commands import run
 from tests.train.common import tiny_config
 from train.analysis import stablehlo as artifact
 from train.engine import workdir as wd
+from train.engine.classification import infer
 from train.engine.experiment import build
 from train.engine.loop import train
-from train.engine.score import infer
 
 DIGITS = load_digits().images[..., None]
 TEST = DIGITS[1500:1505].astype(np.uint8)
@@ -40,7 +40,7 @@ def exported(tmp_path_factory):
     state = wd.last_checkpoint(root / "run", experiment.state)
     # Standardised by hand: by the mean and deviation of the training images.
     images = (TEST - DIGITS[:64].mean()) / DIGITS[:64].std()
-    logits = infer(experiment.network, jax.device_get(state.variables), images)
+    logits = infer(experiment.task.network, jax.device_get(state.variables), images)
     return root / "exported", images, np.asarray(logits)
 
 

@@ -39,7 +39,7 @@ def test_forward(experiment):
 
 
 def test_backward(experiment):
-    network = experiment.network.clone(activation=flat)
+    network = experiment.task.network.clone(activation=flat)
     found = find(dataclasses.replace(experiment, network=network), experiment.state)
     assert found.startswith("all outputs are finite; final_norm is the first layer")
 

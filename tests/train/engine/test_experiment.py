@@ -13,15 +13,15 @@ import pytest
 from configs import base
 from kalman_flax import NETWORKS, KalmanNorm
 from tests.train.common import tiny_config
-from train.data.batches import Split
-from train.data.sets import Dataset
-from train.engine.experiment import build, make_network, make_optimizer, make_schedule
+from train.engine.classification import make_network
+from train.engine.experiment import build
+from train.engine.optimizer import make_optimizer
+from train.engine.schedule import make_schedule
 
 CONFIGS = sorted(
     ".".join(path.with_suffix("").parts)
     for path in pathlib.Path("configs").rglob("[!_]*.py")
 )
-CIFAR = Dataset(*[Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, int))] * 2, 10)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -29,7 +29,7 @@ def test_every_config_makes_a_network(name):
     config = importlib.import_module(name).get_config()
     assert set(config) == set(base.get_config())
     assert config.batch_size % config.micro_batch_size == 0
-    network = make_network(config, CIFAR)
+    network = make_network(config, 10)
     size = 8 if config.dataset == "digits" else 32
     shapes = jax.eval_shape(
         lambda: network.init(
@@ -47,7 +47,7 @@ def test_every_config_makes_a_network(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_by_name(name):
-    network = make_network(tiny_config(network=name), CIFAR)
+    network = make_network(tiny_config(network=name), 10)
     expected = NETWORKS[name](num_classes=10)
     assert type(network) is type(expected)
     sizes = "blocks_per_stage", "stage_sizes", "width"
@@ -104,8 +104,8 @@ def test_long_gradients_are_clipped_before_weight_decay():
 
 
 def test_options_reach_the_normaliser():
-    config = tiny_config(norm_options='{"gain": 0.3, "learn_gain": null}')
-    norm = make_network(config, CIFAR).norm(name="norm")
+    config = tiny_config(norm_options={"gain": 0.3, "learn_gain": None})
+    norm = make_network(config, 10).norm(name="norm")
     assert isinstance(norm, KalmanNorm)
     assert (norm.gain, norm.learn_gain, norm.momentum) == (0.3, None, 0.9)
 
@@ -114,10 +114,8 @@ def test_options_reach_the_normaliser():
     ("overrides", "message"),
     [
         (dict(norm="kalmann"), "unknown normaliser 'kalmann'; known are batch"),
-        (dict(norm_options='{"gian": 1}'), "no attribute .*gian.*gain"),
-        (dict(norm_options="gain=1"), "not JSON"),
-        (dict(norm_options="[1]"), "expected an object"),
-        (dict(norm_options='{"momentum": 0.5}'), "momentum, which the key stats_mom"),
+        (dict(norm_options={"gian": 1}), "no attribute .*gian.*gain"),
+        (dict(norm_options={"momentum": 0.5}), "momentum, which the key stats_mom"),
         (dict(micro_batch_size=0), "micro_batch_size is 0; expected at least 1"),
         (dict(micro_batch_size=3), "micro_batch_size 3 does not divide"),
         (dict(batch_size=-8), "batch_size is -8; expected at least 1"),
@@ -128,7 +126,7 @@ def test_options_reach_the_normaliser():
         (dict(clip_norm=-1.0), "clip_norm is -1.0; expected at least 0"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
         (dict(network="resnet18"), r"resnet18.*inception_v2"),
-        (dict(norm_options='{"gain": 1.5}'), r"gain is 1.5; expected .*\[0, 1\]"),
+        (dict(norm_options={"gain": 1.5}), r"gain is 1.5; expected .*\[0, 1\]"),
         (dict(dataset="digit"), r"dataset is 'digit'; expected one of \['digits"),
         (dict(dtype="float64"), "dtype is 'float64'"),
         (dict(schedule="linear"), "schedule is 'linear'"),

@@ -20,9 +20,10 @@ config_of = functools.partial(
 
 
 @functools.cache
-def trained(devices, **overrides):
+def trained(devices, options=(), **overrides):
     """What two updates on so many devices leave, on the host."""
-    experiment = build(config_of(**overrides), devices=jax.devices()[:devices])
+    config = config_of(**overrides, norm_options=dict(options))
+    experiment = build(config, devices=jax.devices()[:devices])
     assert experiment.mesh.size == devices
     state, metrics = experiment.state, []
     for _ in range(2):
@@ -39,14 +40,14 @@ def assert_same_training(actual, expected):
 # Histories of the forward pass and a count of steps; of the backward pass; random
 # numbers of each replica.
 @pytest.mark.parametrize("norm, options", [
-    ("kalman_wc", '{"decay_steps": 3}'),
-    ("moving_average", "{}"),
-    ("kalman_mc", "{}"),
+    ("kalman_wc", (("decay_steps", 3),)),
+    ("moving_average", ()),
+    ("kalman_mc", ()),
 ])  # fmt: skip
 @pytest.mark.parametrize("devices, accumulate", [(8, 1), (2, 2)])
 def test_devices_and_parts_change_nothing(norm, options, devices, accumulate):
     """One device that runs all replicas at once is tested against a loop elsewhere."""
-    keys = {"norm": norm, "norm_options": options}
+    keys = {"norm": norm, "options": options}
     assert_same_training(
         trained(devices, **keys, accumulate=accumulate), trained(1, **keys)
     )
@@ -86,9 +87,14 @@ def test_synchronised_statistics_are_those_of_one_large_micro_batch(norm):
     )
 
 
+def lower(experiment, index):
+    given = experiment.state, batch(experiment, index)
+    return experiment.update.lower(*given, experiment.key, experiment.rates)
+
+
 def compiled(**overrides):
     experiment = build(config_of(**overrides))
-    lowered = experiment.train_step.lower(experiment.state, batch(experiment, INDEX))
+    lowered = lower(experiment, INDEX)
     return lowered.compile()
 
 
@@ -119,9 +125,7 @@ def test_parts_need_less_memory():
         experiment = build(
             config_of(batch_size=32, accumulate=accumulate), devices=jax.devices()[:1]
         )
-        lowered = experiment.train_step.lower(
-            experiment.state, batch(experiment, np.arange(32))
-        )
+        lowered = lower(experiment, np.arange(32))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert size(4) < 0.5 * size(1)

@@ -26,15 +26,15 @@ def test_update_equals_a_loop_over_micro_batches(norm):
     config = tiny_config(norm=norm, weight_decay=0.01)
     experiment = build(config)
     state = copy(experiment.state)
-    images = (experiment.train.images[INDEX] - experiment.train.images.mean()) / (
-        experiment.train.images.std()
-    )
-    labels = experiment.train.labels[INDEX]
+    images = (
+        experiment.task.train.images[INDEX] - experiment.task.train.images.mean()
+    ) / (experiment.task.train.images.std())
+    labels = experiment.task.train.labels[INDEX]
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def gradient(params, x, y):
-        logits, new = experiment.network.apply(
+        logits, new = experiment.task.network.apply(
             {"params": params, "batch_stats": state.batch_stats},
             x,
             use_running_average=False,
@@ -87,9 +87,9 @@ def test_replicas_share_no_statistics():
     }
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     keys = jax.random.split(jax.random.key(1), 4)
-    logits, _ = apply_replicas(experiment.network, variables, x, keys)
+    logits, _ = apply_replicas(experiment.task.network, variables, x, keys)
     other, _ = apply_replicas(
-        experiment.network, variables, x.at[2:].multiply(3.0), keys
+        experiment.task.network, variables, x.at[2:].multiply(3.0), keys
     )
     chex.assert_trees_all_close(logits[:2], other[:2], rtol=1e-5)
     assert not np.allclose(logits[2:], other[2:], rtol=1e-2)
@@ -100,7 +100,7 @@ def test_no_retrace_after_the_first_step():
     state = experiment.state
     for step in range(3):
         state, _ = experiment.train_step(state, batch(experiment, INDEX + step))
-    assert experiment.train_step._cache_size() == 1
+    assert experiment.update._cache_size() == 1
 
 
 @pytest.mark.parametrize("size", [10, 128])
@@ -109,14 +109,14 @@ def test_evaluation_counts_every_image_once(size):
     micro-batches in order, the last one filled from the start (option B)."""
     config = tiny_config(eval_batch_size=size)
     experiment = build(config)
-    test = Split(*(a[:99] for a in experiment.test))
-    result = experiment.evaluate(experiment.state, test)
+    test = Split(*(a[:99] for a in experiment.task.test))
+    result = experiment.task.evaluate(experiment.state, test)
 
     variables = {
         "params": experiment.state.params,
         "batch_stats": experiment.state.batch_stats,
     }
-    train = np.asarray(experiment.train.images, np.float64)
+    train = np.asarray(experiment.task.train.images, np.float64)
     images = (jnp.concatenate([test.images, test.images[:1]]) - train.mean()) / (
         train.std()
     )
@@ -127,7 +127,7 @@ def test_evaluation_counts_every_image_once(size):
         hits = best == test.labels[:, None]
         return loss.mean(), hits[:, 0].mean(), hits.any(-1).mean()
 
-    network = experiment.network
+    network = experiment.task.network
     logits = network.apply(variables, images[:99], use_running_average=True)
     loss, accuracy, top5 = metrics(logits)
     np.testing.assert_allclose(result["moving_loss"], loss, rtol=1e-4)
@@ -136,7 +136,7 @@ def test_evaluation_counts_every_image_once(size):
     assert accuracy < top5 < 1
     taken = logits.argmax(-1)
     for (true, predicted), count in np.ndenumerate(
-        experiment.confusion(experiment.state, test)
+        experiment.task.confusion(experiment.state, test)
     ):
         assert count == np.sum((test.labels == true) & (taken == predicted))
 
@@ -174,7 +174,7 @@ def test_monte_carlo_transition_trains_and_evaluates():
     losses = losses_of(config, steps=20)
     assert losses[-1] < 0.5 * losses[0]
     experiment = build(config)
-    result = experiment.evaluate(experiment.state, experiment.test)
+    result = experiment.task.evaluate(experiment.state, experiment.task.test)
     assert np.isfinite(result["batch_loss"])
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.train.commands.test_commands import run
 from tests.train.common import tiny_config
-from train.data.sets import Dataset, examples, load_dataset
-from train.engine.experiment import make_network
+from train.data.sets import examples, load_dataset
+from train.engine.classification import make_network
 from train.engine.settings import check
 from train.paper import (
     REPRODUCTIONS,
@@ -93,7 +93,7 @@ def test_every_run_is_a_valid_config(scale):
         for full in reproduction.cells().values():
             config = scaled(full, scale, data_dir="nowhere")
             check(config)
-            make_network(config, Dataset(None, None, CLASSES[full.dataset]))
+            make_network(config, CLASSES[full.dataset])
             assert updates(config) > 0 and bool(reduced(full, config)) == (
                 scale != "full"
             )
@@ -122,7 +122,7 @@ def test_what_was_reduced():
         "128 + 128 images of digits in place of 604,388 + 26,032 images of"
         " svhn_cropped, 2 of 33 epochs, crop_padding 0 in place of 4, network ResNet-8"
         " of width 32 in place of small_inception, norm_options"
-        ' {"warmup_steps": 0, "r_steps": 0, "d_steps": 0} in place of {}, schedule'
+        " {'warmup_steps': 0, 'r_steps': 0, 'd_steps': 0} in place of {}, schedule"
         " cosine in place of step"
     )
     full = cells["KN (bs = 2)", "ResNet32"]

@@ -11,7 +11,7 @@ import pytest
 import kalman_flax as kf
 from kalman_flax import KalmanState, Signal
 from train.studies.controls import (
-    CONTROLS,
+    NORMALIZERS,
     BorderlessConv,
     ConstantKalmanNorm,
     ForgetfulConv,
@@ -87,7 +87,7 @@ def test_no_state_in_the_stream():
             seen["/".join(context.module.path)] = args[0].state is not None
         return call(*args, **kwargs)
 
-    entry = CONTROLS["control_no_stream"]
+    entry = NORMALIZERS["control_no_stream"]
     net = kf.models.ResNet(3, blocks_per_stage=1, width=4, **entry._asdict())
     with nn.intercept_methods(note):
         net.init(KEY, jnp.zeros((1, 8, 8, 1)), False)

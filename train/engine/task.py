@@ -1,0 +1,115 @@
+"""What the engine asks of a task: all that a run does and the engine does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+Tree = TypeVar("Tree")
+
+
+class Source(Protocol):
+    """Examples in the memory of the host, or on its disk.
+
+    One that is itself a pytree of arrays ``[N, ...]`` is in memory: batches are rows of
+    its arrays. Any other is read ahead by `read`.
+    """
+
+    @property
+    def examples(self) -> int:
+        """Their number, N."""
+        ...
+
+    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Any:
+        """Returns the examples `index`, a pytree of arrays ``[n, ...]``.
+
+        Args:
+            index: which, ``[n]`` int.
+            key: (seed, epoch) of the random numbers, in training; None: as they are.
+        """
+        ...
+
+
+class Task(Protocol):
+    """What a network is trained to do, with its data.
+
+    ``TASKS`` of `train.engine.experiment`, or of a plugin, has the class by name.
+
+    Attributes:
+        network: called with the inputs and `use_running_average`.
+        train: what to train on.
+        test: what to test on while training, and at the end.
+        shown: of the sums of `loss`, those in the progress bar, and their formats.
+        headline: which of the numbers of `evaluate` a table is to show first.
+    """
+
+    network: nn.Module
+    train: Source
+    test: Source
+    shown: Mapping[str, str]
+    headline: str
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuses, with a ValueError, a `config` that cannot be; reads no data."""
+        ...
+
+    @classmethod
+    def build(cls, config: Any, mesh: Mesh, data_dir: str | None) -> Self:
+        """Makes the task that `config` describes.
+
+        Raises:
+            ValueError: a setting that cannot be.
+            FileNotFoundError: the data is not there.
+        """
+        ...
+
+    def inputs(self) -> Any:
+        """Returns inputs to initialise the network with, of one example."""
+        ...
+
+    def order(self) -> Callable[[int], np.ndarray]:
+        """Returns a map from the step to the training examples of its batch,
+        ``[batch_size]``: of the config's seed and the step alone."""
+        ...
+
+    def draw(self, key: jax.Array) -> Any:
+        """Draws the random numbers of a batch: a pytree of arrays ``[batch_size,
+        ...]``."""
+        ...
+
+    def loss(
+        self,
+        network: nn.Module,
+        variables: dict[str, Any],
+        batch: Any,
+        draws: Any,
+        keys: jax.Array,
+        mutable: Sequence[str] = ("batch_stats",),
+    ) -> tuple[dict[str, jax.Array], Any]:
+        """Runs micro-batches, and sums over their examples.
+
+        Args:
+            network: `network`, or one that shows more of itself.
+            variables: the network's collections.
+            batch: examples, leaves ``[n, ...]``, in micro-batches one after the other.
+            draws: their rows of what `draw` drew.
+            keys: one of each micro-batch, ``[R]``, see
+                `train.engine.step.apply_replicas`.
+            mutable: collections that the network may write.
+
+        Returns:
+            Sums over the examples, scalars by name; the mean of ``loss`` over a batch
+            is what training makes small. And what each micro-batch wrote, with a
+            leading axis of those.
+        """
+        ...
+
+    def evaluate(self, state: Any, source: Source) -> dict[str, float]:
+        """Returns what a `train.engine.step.TrainState` comes to on `source`."""
+        ...
