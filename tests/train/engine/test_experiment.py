@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from configs import base
 from kalman_flax import NETWORKS, KalmanNorm
-from tests.train.common import tiny_config
+from tests.train.common import batch, tiny_config
 from train.engine.classification import make_network
 from train.engine.experiment import build
 from train.engine.optimizer import make_optimizer
@@ -78,6 +79,23 @@ def test_warm_up_then_cosine():
     np.testing.assert_allclose(rates[10:], cosine, rtol=1e-4, atol=1e-7)
 
 
+def test_schedule_in_steps():
+    """A warm-up from a third, as of Detectron, whose first update is on the way."""
+    config = tiny_config(
+        epochs=0,
+        total_steps=12,
+        warmup_steps=4,
+        warmup_from=1 / 3,
+        schedule="step",
+        step_drops=(6, 10),
+        step_factors=(0.1, 0.1),
+        learning_rate=3.0,
+    )
+    rates = [float(rate) for rate in build(config).rates]
+    expected = [1.5, 2.0, 2.5, 3.0, 3.0, 3.0, *[0.3] * 4, *[0.03] * 2]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
 def test_weight_decay_reaches_kernels_only():
     config = tiny_config(weight_decay=0.5, sgd_momentum=0.9)
     optimizer = make_optimizer(config, lambda _: 0.1)
@@ -101,6 +119,58 @@ def test_long_gradients_are_clipped_before_weight_decay():
         updates, state = optimizer.update(grads, state, params)
         expected = {"kernel": -0.1 * (0.6 * clipped + 1.0), "bias": -0.08 * clipped}
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_optimisers_by_name(name):
+    """The first two updates of each, by hand."""
+    options = {"adamw": {"b1": 0.5}, "sgd": {"nesterov": True}}.get(name, {})
+    config = tiny_config(
+        optimizer=name, optimizer_options=options, weight_decay=0.1, sgd_momentum=0.9
+    )
+    optimizer = make_optimizer(config, lambda _: 0.01)
+    params = {"kernel": np.array([3.0, 4.0]), "bias": np.array([2.0])}
+    state = optimizer.init(params)
+    given = {"kernel": np.array([0.6, 0.8]), "bias": np.array([0.5])}
+    moments = {key: (0.0, 0.0) for key in params}
+    for step in (1, 2):
+        expected = {}
+        for key, grad in given.items():
+            param, (first, second) = params[key], moments[key]
+            decay = 0.1 * param if key == "kernel" else 0.0
+            if name == "adamw":
+                first, second = (
+                    0.5 * first + 0.5 * grad,
+                    (0.999 * second + 0.001 * grad**2),
+                )
+                unbiased = second / (1 - 0.999**step)
+                move = first / (1 - 0.5**step) / (np.sqrt(unbiased) + 1e-8) + decay
+            elif name == "sgd":
+                grad = grad + decay
+                first = 0.9 * first + grad
+                move = grad + 0.9 * first
+            else:
+                grad, norm = grad + decay, np.linalg.norm
+                if key == "kernel":
+                    grad = grad * 0.001 * norm(param) / norm(grad)
+                first = move = 0.01 * grad + 0.9 * first
+                move = move / 0.01
+            moments[key], expected[key] = (first, second), param - 0.01 * move
+        updates, state = optimizer.update(given, state, params)
+        params = jax.device_get(optax.apply_updates(params, updates))
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+
+def test_frozen_parameters_stay():
+    config = tiny_config(freeze=("stem*", "*/norm1/*"), clip_norm=1.0)
+    experiment = build(config)
+    before = jax.device_get(experiment.state.params)
+    given = experiment.state, batch(experiment)
+    state, _ = experiment.train_step(*given)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
+    for path, changed in traverse_util.flatten_dict(moved, sep="/").items():
+        frozen = path.startswith("stem") or "/norm1/" in path
+        assert changed != frozen, path
 
 
 def test_options_reach_the_normaliser():
@@ -134,6 +204,18 @@ def test_options_reach_the_normaliser():
         (dict(batch_size=128), "batch_size 128 is larger than the 64"),
         (dict(warmup_epochs=2), "warmup_epochs 2 leaves none"),
         (dict(schedule="step", step_epochs=(1,)), "differ in length"),
+        (dict(total_steps=9), "epochs 2 and total_steps 9 are both given; set"),
+        (dict(epochs=0), "epochs and total_steps are 0"),
+        (dict(warmup_epochs=1, warmup_steps=3), "warmup_steps 3 are both given"),
+        (dict(step_epochs=(1,), step_drops=(3,)), r"step_drops .*both given.* \(\)"),
+        (dict(warmup_steps=16), "warm-up of 16 updates leaves none of 16"),
+        (dict(warmup_from=2.0), "warmup_from is 2.0; expected a factor"),
+        (dict(optimizer="adam"), "optimizer is 'adam'; expected one of .'sgd'"),
+        (dict(optimizer_options={"b1": 0.5}), "'sgd' has no option .*b1.*nesterov"),
+        (dict(optimizer_options={"momentum": 0.5}), "momentum, which the key sgd_mom"),
+        (dict(freeze=("stm*",)), "freeze has 'stm.', which matches no parameter"),
+        (dict(wdith=8), "no key 'wdith'. Did you mean \"width\""),
+        (dict(seed=2**32), "seed is 4294967296; expected less"),
         (dict(step_epochs=(1, 1), step_factors=(0.1, 0.1)), "later than the last"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
