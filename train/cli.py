@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -76,11 +77,12 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
 
 
-def define_config() -> flags.FlagHolder[ConfigDict]:
+def define_config(**options: Any) -> flags.FlagHolder[ConfigDict]:
     """Defines ``--config``, a Python file, and ``--config.KEY`` for its keys.
 
     Keys of nested options, say of a normaliser, need not be there before, and so none
-    is refused here; `train.engine.settings.check` knows which there are.
+    is refused here; `train.engine.settings.check` knows which there are. `options` are
+    those of `config_flags.DEFINE_config_file`.
     """
     return config_flags.DEFINE_config_file(
         "config",
@@ -88,6 +90,7 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
         "Experiment, a Python file.",
         lock_config=False,
         accept_new_attributes=True,
+        **options,
     )
 
 

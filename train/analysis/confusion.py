@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from sklearn.metrics import ConfusionMatrixDisplay
 
 #: more could not be read in a picture
 MOST_CLASSES = 100
@@ -38,16 +39,20 @@ def plot(
     share = counts / np.maximum(images, 1)  # a class may have none
     side = min(16.0, 3.5 + 0.45 * classes)
     figure, axes = plt.subplots(figsize=(side + 1, side))
-    picture = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
-    size = 10 if classes <= MOST_NUMBERS else 6
-    axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(classes), names, fontsize=size)
+    few = classes <= MOST_NUMBERS
+    display = ConfusionMatrixDisplay(share, display_labels=names).plot(
+        include_values=few,
+        cmap="Blues",
+        xticks_rotation="vertical",
+        ax=axes,
+        colorbar=False,
+        im_kw={"vmin": 0, "vmax": 1},
+    )
+    for text, count in zip(display.text_.flat if few else (), counts.flat):
+        text.set_text(count)
+    axes.tick_params(labelsize=10 if few else 6)
+    figure.colorbar(display.im_, label="share of the true class", shrink=0.8)
     axes.set(title=title, xlabel="predicted", ylabel="true")
-    if classes <= MOST_NUMBERS:
-        for (row, column), count in np.ndenumerate(counts):
-            color = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, count, ha="center", va="center", color=color)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

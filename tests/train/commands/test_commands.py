@@ -9,13 +9,17 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
+from absl import flags
 from sklearn.datasets import load_digits
 
 from configs.studies import micro_batch_sizes
 from tests.train.common import tiny_config
+from train import cli
 from train.compare import at_sizes, check_overrides, chosen, parse_norm
 from train.engine import workdir
 from train.engine.settings import check
@@ -147,6 +151,13 @@ def test_what_a_gpu_needs_of_the_host(tmp_path):
         ),
         ("train", [*TINY, "--worldir=w"], "Unknown command line flag 'worldir'"),
         ("train", TINY, "workdir must have a value"),
+        ("train", [*TINY, "--workdir="], "error: --workdir is empty; expected a dir"),
+        ("train", [*TINY, "--workdir=w", "--compilation_cache="], "cache is empty"),
+        (
+            "train",
+            [*TINY, "--workdir=w", "--config.norm_options.gian=1"],
+            "KalmanNorm ('kalman') has no attribute ['gian']",
+        ),
         ("train", ["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
         ("train.evaluate", ["--workdir=nowhere"], "error: no config.json in nowhere"),
         (
@@ -179,9 +190,51 @@ def test_bad_input(module, arguments, message):
 
 @pytest.mark.parametrize("module", ["train", "train.evaluate", "train.compare"])
 def test_help(module):
-    out = run(module, "--help", status=1)  # absl's choice of status
+    out = run(module, "--help")
     assert "--workdir" in out and "--data_dir" in out
     assert f"python -m {module} " in out
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("0.25", 0.25), ("800", 800), ("None", None), ("paper", "paper"), ("True", True)],
+)
+def test_options_that_are_not_there_before(text, value):
+    """By the command line's own parser: `ConfigDict` would refuse the key."""
+    values = flags.FlagValues()
+    arguments = [
+        "train",
+        "--config=configs/experiments/digits.py",
+        f"--config.norm_options.an_option={text}",
+        "--config.optimizer_options.b1=0.8",
+        "--config.plugins=train.studies.controls",
+    ]
+    config = cli.define_config(flag_values=values, sys_argv=arguments)
+    values(arguments)
+    assert config.value.norm_options.to_dict() == {"an_option": value}
+    assert type(config.value.norm_options.an_option) is type(value)
+    assert config.value.optimizer_options.b1 == 0.8
+    assert config.value.plugins == ("train.studies.controls",)
+
+
+def test_a_directory_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    values = flags.FlagValues()
+    flag = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values(["train", "--workdir=~/runs"])
+    assert cli.path(flag) == pathlib.Path("/home/somebody/runs")
+
+
+def test_where_programs_are_kept(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    set_to = {}
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    monkeypatch.setattr(cli, "_COMPILED", types.SimpleNamespace(value="~/programs"))
+    cli.keep_compiled()
+    assert set_to["jax_compilation_cache_dir"] == "/home/somebody/programs"
+    monkeypatch.setattr(cli, "_COMPILED", types.SimpleNamespace(value="off"))
+    cli.keep_compiled()
+    assert set_to["jax_enable_compilation_cache"] is False
 
 
 def test_norms_at_micro_batch_sizes():
@@ -232,7 +285,12 @@ def test_a_flag_that_would_change_nothing():
     """One that a row of the table heeds is welcome."""
     rows = [parse_norm("batch@128"), parse_norm("kalman")]
     check_overrides(rows, ["epochs", "micro_batch_size"])
-    for key, names in (("norm", rows), ("micro_batch_size", rows[:1])):
+    study = [Entry("a", {"norm_options": {"gain": 0.5}})]
+    for key, names in (
+        ("norm", rows),
+        ("micro_batch_size", rows[:1]),
+        ("norm_options.rule", study),
+    ):
         with pytest.raises(ValueError, match=f"a flag sets {key}, which would change"):
             check_overrides(names, [key])
 

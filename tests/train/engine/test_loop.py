@@ -115,12 +115,12 @@ def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
     with monkeypatch.context() as patch:
         real = loop.Loop._test
 
-        def interrupted(self, done, *rest, **options):
+        def interrupted(self, done, *rest):
             if done == at and how == "killed":
                 raise KeyboardInterrupt
             if done == at:
                 signal.raise_signal(signal.SIGTERM)
-            real(self, done, *rest, **options)
+            real(self, done, *rest)
 
         patch.setattr(loop.Loop, "_test", interrupted)
         with pytest.raises((KeyboardInterrupt, processes.Stopped)):
@@ -148,6 +148,21 @@ def test_a_config_from_before_a_key_existed(finished):
     assert wd.read_config(workdir).to_json() == config.to_json()
     again = loop.train(config, workdir)  # not refused
     assert again["final_train_loss"] == summary["final_train_loss"]
+
+
+def test_a_config_with_options_in_json(finished):
+    """As they were before they could be nested, and without plugins."""
+    workdir, config, summary = finished
+    stored = json.loads((workdir / "config.json").read_text())
+    stored["norm_options"] = "{}"
+    del stored["plugins"], stored["task"], stored["total_steps"], stored["freeze"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert loop.train(config, workdir) == summary
+    stored |= {"norm_options": '{"learn_gain": null}', "norm": "control_moving_wc"}
+    (workdir / "config.json").write_text(json.dumps(stored))
+    old = wd.read_config(workdir)
+    assert old.norm_options.to_dict() == {"learn_gain": None}
+    assert build(old).task.network.norm.func.__name__ == "MovingKalmanNorm"
 
 
 def test_workdir_of_another_config_is_refused(finished):
