@@ -17,6 +17,7 @@ from kalman_flax import compiler_options
 from kalman_flax.registry import KERNEL_MAPS
 from train.data.batches import draw_crops
 from train.engine import workdir as wd
+from train.engine.classification import classification_of
 from train.engine.experiment import Experiment, build
 from train.engine.mesh import over_devices
 
@@ -62,6 +63,7 @@ def restore(
     """
     config = watched(wd.read_config(workdir))
     experiment = build(config, data_dir)
+    classification_of(experiment.task)
     state = wd.last_checkpoint(workdir, experiment.state)
     return dataclasses.replace(experiment, state=state), config
 

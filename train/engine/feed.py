@@ -139,7 +139,10 @@ def _join(pieces: Iterable[Any]) -> Any:
 
 
 class Ahead(contextlib.AbstractContextManager):
-    """Has the batches of the next steps brought to the devices, by a thread."""
+    """Has the batches of the next steps brought to the devices, by a thread.
+
+    As grain's `device_put` would, but it times the wait, and takes batches in memory.
+    """
 
     def __init__(self, batch: Callable[[int], Any], steps: range, depth: int = 2):
         """Starts with the first `depth` of `steps`.

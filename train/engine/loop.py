@@ -107,20 +107,7 @@ class Loop:
                 profile(step, state)
                 state = self._update(step, state, batches.next(self._pending[-1:]))
                 bar.update(self.config.batch_size)
-                done = step + 1
-                stop = stop_asked(done)
-                if self._due(done, self.config.log_steps):
-                    self._report(done, state, bar, batches.waited())
-                if stop or self._due(done, self._checkpoint_steps):
-                    self._look(done, state)
-                    self.run.save(done, state)
-                if stop and done < self._total:
-                    raise processes.Stopped(
-                        f"stopped as asked, after step {done} of {self._total}; the"
-                        " same command goes on from there."
-                    )
-                if self._due(done, self._eval_steps):
-                    self._test(done, state)
+                self._after(step + 1, state, stop_asked(step + 1), bar, batches)
             self._stop = stop_asked(self._total + 1)
         return state
 
@@ -132,6 +119,23 @@ class Loop:
         """
         if self._stop:
             raise processes.Stopped("stopped as asked; this run had come to its end.")
+
+    def _after(
+        self, done: int, state: TrainState, stop: bool, bar: tqdm, batches: Ahead
+    ) -> None:
+        """What is due after an update: a log line, a checkpoint, a stop, a test."""
+        if self._due(done, self.config.log_steps):
+            self._report(done, state, bar, batches.waited())
+        if stop or self._due(done, self._checkpoint_steps):
+            self._look(done, state)
+            self.run.save(done, state)
+        if stop and done < self._total:
+            raise processes.Stopped(
+                f"stopped as asked, after step {done} of {self._total}; the same"
+                " command goes on from there."
+            )
+        if self._due(done, self._eval_steps):
+            self._test(done, state)
 
     def _due(self, done: int, every: int) -> bool:
         """Whether something is due after `done` updates; in the end all is."""

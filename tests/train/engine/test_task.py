@@ -7,6 +7,7 @@ import pytest
 from tests.train.common import tiny_config
 from train.engine import loop, plugins
 from train.engine import workdir as wd
+from train.engine.classification import classification_of
 from train.engine.experiment import build
 
 TOY = dict(plugins=("tests.train.engine.toy",), task="mean_pixel", crop_padding=3)
@@ -25,6 +26,12 @@ def test_a_second_task_trains_tests_and_resumes(tmp_path):
     params = wd.last_checkpoint(tmp_path, experiment.state).params
     kernel = np.array(params["Dense_0"]["kernel"])[:, 0]
     assert (kernel > 0).all() and kernel.std() < 0.5 * kernel.mean()
+
+
+def test_commands_for_images_say_so():
+    config = tiny_config(**TOY)
+    with pytest.raises(ValueError, match="classification, not of MeanPixel"):
+        classification_of(build(config).task)
 
 
 def test_devices_and_parts_change_nothing():
