@@ -129,9 +129,9 @@ def test_optimisers_by_name(name):
         optimizer=name, optimizer_options=options, weight_decay=0.1, sgd_momentum=0.9
     )
     optimizer = make_optimizer(config, lambda _: 0.01)
-    params = {"kernel": np.array([3.0, 4.0]), "bias": np.array([2.0])}
+    params = {"kernel": np.float32([3.0, 4.0]), "bias": np.float32([2.0])}
     state = optimizer.init(params)
-    given = {"kernel": np.array([0.6, 0.8]), "bias": np.array([0.5])}
+    given = {"kernel": np.float32([0.6, 0.8]), "bias": np.float32([0.5])}
     moments = {key: (0.0, 0.0) for key in params}
     for step in (1, 2):
         expected = {}

@@ -11,12 +11,19 @@ import pytest
 from tests.train.common import tiny_config
 from tests.train.tfds_data import picture
 from train.data.encoded import Encoded
+from train.data.sets import Dataset
+from train.engine.classification import Classification
 from train.engine.experiment import make_batch
 from train.engine.feed import Ahead, read_ahead
 from train.engine.mesh import local_rows, make_mesh
 
 EXAMPLES = 21
 CONFIG = tiny_config(batch_size=8, dataset="imagenet2012")
+
+
+def batches(config, mesh, split):
+    dataset = Dataset(split, split, EXAMPLES)
+    return make_batch(config, mesh, Classification(config, mesh, dataset, None, None))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,7 @@ def split():
 @pytest.fixture(scope="module")
 def straight(split):
     """The batches of three epochs of two steps, on one device, from the first on."""
-    batch = make_batch(CONFIG, make_mesh(1), split)
+    batch = batches(CONFIG, make_mesh(1), split)
     return [jax.device_get(batch(step)) for step in range(6)]
 
 
@@ -48,7 +55,7 @@ def test_batches_are_those_that_were_asked_for(split, straight):
 
 
 def test_going_on_in_the_middle_on_other_devices(split, straight):
-    batch = make_batch(CONFIG, make_mesh(8), split)
+    batch = batches(CONFIG, make_mesh(8), split)
     found = [batch(step) for step in (3, 4, 5)]
     assert found[0].images.sharding.num_devices == 8
     assert_same(jax.device_get(found), straight[3:])
@@ -58,7 +65,7 @@ def test_going_on_in_the_middle_on_other_devices(split, straight):
 def test_processes_that_decode_change_nothing(split, straight):
     config = CONFIG.copy_and_resolve_references()
     config.data_workers = 2
-    batch = make_batch(config, make_mesh(2), split)
+    batch = batches(config, make_mesh(2), split)
     assert_same(jax.device_get([batch(step) for step in (2, 3, 4)]), straight[2:5])
 
 
