@@ -122,7 +122,7 @@ def test_what_was_reduced():
         "128 + 128 images of digits in place of 604,388 + 26,032 images of"
         " svhn_cropped, 2 of 33 epochs, crop_padding 0 in place of 4, network ResNet-8"
         " of width 32 in place of small_inception, norm_options"
-        " {'warmup_steps': 0, 'r_steps': 0, 'd_steps': 0} in place of {}, schedule"
+        " {'d_steps': 0, 'r_steps': 0, 'warmup_steps': 0} in place of {}, schedule"
         " cosine in place of step"
     )
     full = cells["KN (bs = 2)", "ResNet32"]
