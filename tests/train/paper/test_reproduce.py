@@ -210,7 +210,7 @@ def test_runs_what_is_missing(tmp_path, capsys):
     (first,) = tmp_path.glob("*/summary.json")
     before = first.stat().st_mtime_ns
 
-    TINY.reproduce("tiny", request._replace(seeds=2, at_once=2))
+    TINY.reproduce("tiny", request._replace(seeds=2))
     assert first.stat().st_mtime_ns == before
     accuracies = [
         json.loads((run_dir / "summary.json").read_text())["test_moving_accuracy"]
