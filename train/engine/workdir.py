@@ -133,7 +133,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 def _as_of_now(content: dict[str, Any]) -> dict[str, Any]:
     """Puts keys of runs that were made before into the form that they have now."""
     if isinstance(content.get("norm_options"), str):
-        content["norm_options"] = json.loads(content["norm_options"])
+        options = content["norm_options"] = json.loads(content["norm_options"])
+        if "hand_on" in options:
+            options["propagate"] = options.pop("hand_on")
     if "plugins" not in content and content.get("norm", "").startswith("control_"):
         content["plugins"] = ["train.studies.controls"]
     return content

@@ -158,10 +158,10 @@ def test_a_config_with_options_in_json(finished):
     del stored["plugins"], stored["task"], stored["total_steps"], stored["freeze"]
     (workdir / "config.json").write_text(json.dumps(stored))
     assert loop.train(config, workdir) == summary
-    stored |= {"norm_options": '{"learn_gain": null}', "norm": "control_moving_wc"}
+    stored |= {"norm_options": '{"hand_on": "raw"}', "norm": "control_moving_wc"}
     (workdir / "config.json").write_text(json.dumps(stored))
     old = wd.read_config(workdir)
-    assert old.norm_options.to_dict() == {"learn_gain": None}
+    assert old.norm_options.to_dict() == {"propagate": "raw"}
     assert build(old).task.network.norm.func.__name__ == "MovingKalmanNorm"
 
 
