@@ -10,9 +10,8 @@ from jax import lax
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
-from kalman_flax.baselines.flax_norms import Unfiltered
-from kalman_flax.layers.normalizer import RunningNormalizer
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import RunningNormalizer, Unfiltered, finite_or_old
+from kalman_flax.layers.signal import Signal
 
 
 class BatchChannelNorm(Unfiltered, RunningNormalizer):
@@ -72,26 +71,27 @@ class BatchChannelNorm(Unfiltered, RunningNormalizer):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = as_signal(x).value
-        channels = value.shape[self.axis]
+        value = self._value(x, mask)
+        channels, dtype = value.shape[self.axis], jnp.result_type(value, jnp.float32)
         scale, bias = self._affine(channels)
         # Not called mean and var: to that pair `merge_running` would add the variance
         # between the replicas, which is in here already.
         mean = self.variable(
-            "batch_stats", "streaming_mean", jnp.zeros, (channels,), jnp.float32
+            "batch_stats", "streaming_mean", jnp.zeros, (channels,), dtype
         )
         var = self.variable(
-            "batch_stats", "streaming_var", jnp.ones, (channels,), jnp.float32
+            "batch_stats", "streaming_var", jnp.ones, (channels,), dtype
         )
         state = KalmanState(mean.value, var.value)
         if not inference:
             seen = self._observe(lax.stop_gradient(value), axis=self.axis, mask=mask)
             about_old = seen.var + jnp.square(seen.mean - state.mean)
             kept = self.momentum
-            state = KalmanState(
+            moved = KalmanState(
                 kept * state.mean + (1 - kept) * seen.mean,
                 kept * state.var + (1 - kept) * about_old,
             )
+            state = finite_or_old(moved, state)
             if not self.is_initializing():
                 mean.value, var.value = state
 

@@ -12,10 +12,9 @@ from kalman_flax._filter.observe import observe
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import normalize
-from kalman_flax.baselines.flax_norms import Unfiltered
 from kalman_flax.layers.functions import relu
-from kalman_flax.layers.normalizer import Normalizer
-from kalman_flax.layers.signal import Signal, as_signal
+from kalman_flax.layers.normalizer import Normalizer, Unfiltered
+from kalman_flax.layers.signal import Signal
 
 
 class ProxyNorm(Unfiltered, Normalizer):
@@ -68,7 +67,7 @@ class ProxyNorm(Unfiltered, Normalizer):
             use_running_average: as the attribute.
             mask: broadcastable to `x`; values where it is false do not count.
         """
-        value = as_signal(x).value
+        value = self._value(x, mask)
         shape, zeros = value.shape[-1:], nn.initializers.zeros
         scale, bias = self._affine(value.shape[-1])
         proxy_scale = self.param("proxy_scale", zeros, shape, self.param_dtype)
