@@ -10,15 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from kalman_flax._filter.observe import observe
+from kalman_flax._filter.pool import predict_avg_pool
 from kalman_flax._filter.predict import (
     pad_last_axis,
-    predict_avg_pool,
     predict_concatenate,
     predict_pad_channels,
     predict_pointwise,
     predict_relu,
 )
-from kalman_flax.layers.signal import Signal, as_signal, state_of, through
+from kalman_flax._filter.state import KalmanState
+from kalman_flax.layers.signal import (
+    Signal,
+    as_signal,
+    is_concrete,
+    map_size,
+    state_of,
+    through,
+)
 
 
 def relu(x: Signal | jax.Array) -> Signal | jax.Array:
@@ -37,24 +45,33 @@ def activation(
 
 
 def avg_pool(
-    x: Signal | jax.Array,
+    inputs: Signal | jax.Array,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
-    correlation: float = 1.0,
+    count_include_pad: bool = True,
 ) -> Signal | jax.Array:
-    """`nn.avg_pool` over the values inside the map (``count_include_pad=False``).
-
-    `correlation` is that of neighbouring positions, see `predict_avg_pool`.
-    """
+    """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
+    for zeros at the border that count, see `kf.filter.predict_avg_pool`."""
 
     def pool(value: jax.Array) -> jax.Array:
-        pooled = nn.avg_pool(
-            value, window_shape, strides, padding, count_include_pad=False
-        )
+        pooled = nn.avg_pool(value, window_shape, strides, padding, count_include_pad)
         return pooled.astype(value.dtype)  # the count of values is a float32 to Flax
 
-    return through(x, pool, lambda s: predict_avg_pool(s, window_shape, correlation))
+    def predict(state: KalmanState) -> KalmanState | None:
+        size = map_size(inputs, window_shape)
+        if not is_concrete(size):
+            return None
+        return predict_avg_pool(
+            state,
+            window_shape,
+            size,
+            strides=strides,
+            padding=padding,
+            count_include_pad=count_include_pad,
+        )
+
+    return through(inputs, pool, predict)
 
 
 def max_pool(

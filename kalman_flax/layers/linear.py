@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.linen.linear import canonicalize_padding
 
-from kalman_flax._filter.convolution import PADDINGS, Padding, convolve, predict_conv
+from kalman_flax._filter.convolution import predict_conv
 from kalman_flax._filter.predict import predict_dense
 from kalman_flax._filter.sampling import sample_conv, sample_dense
 from kalman_flax._filter.state import KalmanState, check_choice, standard_deviation
-from kalman_flax.layers.signal import Signal, through
+from kalman_flax.layers.signal import Signal, is_concrete, map_size, through
 
 TRANSITIONS = ("closed_form", "monte_carlo")
 RNG = "transition"  # the Flax RNG stream of the Monte Carlo transition
@@ -45,12 +44,11 @@ def centre_kernel(kernel: jax.Array) -> jax.Array:
     return kernel - jnp.mean(kernel, _FAN_IN, keepdims=True)
 
 
-class Conv(nn.Module):
-    """2-D convolution over a Signal; `nn.Conv` on a plain array.
+class Conv(nn.Conv):
+    """`nn.Conv` over a Signal: its attributes, parameters and values, and two more.
 
-    Attributes mean what they do in `nn.Conv`, of which ``mask``, ``input_dilation`` and
-    paddings other than zeros are missing, and so do the parameters: ``kernel``
-    ``[h, w, C / groups, features]`` and ``bias`` ``[features]``. Besides:
+    In 1, 2, 3 or more dimensions. Where sizes are symbolic, as in an export, the state
+    is unknown afterwards.
 
     Attributes:
         kernel_map: convolve, and predict, with this function of the kernel, e.g.
@@ -60,78 +58,50 @@ class Conv(nn.Module):
             in inference, where XLA drops what nobody uses).
 
     Raises:
-        ValueError: the input has no height and width, or its state other channels; a
-            padding that is not of zeros.
+        ValueError: the input has too few axes for the kernel, or its state other
+            channels; a transition that is neither.
     """
 
-    features: int
-    kernel_size: Sequence[int]
-    strides: int | Sequence[int] | None = 1
-    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
-    kernel_dilation: int | Sequence[int] | None = 1
-    feature_group_count: int = 1
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: jax.lax.PrecisionLike = None
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     kernel_map: Callable[[jax.Array], jax.Array] | None = None
     transition: str = "closed_form"
 
-    @nn.compact
     def __call__(self, x: Signal | jax.Array) -> Signal | jax.Array:
-        """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
+        """Maps ``[..., *map, C]`` to ``[..., *map', features]``."""
         check_choice("transition", self.transition, TRANSITIONS)
-        shape = jnp.shape(x.value if isinstance(x, Signal) else x)
-        if len(shape) < 3 or np.shape(self.kernel_size) != (2,):
-            raise ValueError(
-                f"Conv got an input of shape {shape} and kernel_size"
-                f" {self.kernel_size}; expected [..., H, W, C] and two numbers."
-            )
-        channels = shape[-1] // self.feature_group_count
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (*self.kernel_size, channels, self.features),
-            self.param_dtype,
-        )
-        bias = None
-        if self.use_bias:
-            bias = self.param(
-                "bias", self.bias_init, (self.features,), self.param_dtype
-            )
-        if self.kernel_map is not None:
-            kernel = self.kernel_map(kernel)
-        geometry = dict(
-            strides=_pair(self.strides),
-            padding=_zeros_around(self.padding),
-            kernel_dilation=_pair(self.kernel_dilation),
-            feature_group_count=self.feature_group_count,
-        )
+        size = map_size(x, self.kernel_size)
 
-        def move_value(value: jax.Array) -> jax.Array:
-            value, w, b = nn.dtypes.promote_dtype(value, kernel, bias, dtype=self.dtype)
-            batch = value.shape[:-3]
-            value = value.reshape(-1, *value.shape[-3:])
-            value = convolve(value, w, **geometry, precision=self.precision)
-            value = value.reshape(*batch, *value.shape[1:])
-            return value if b is None else value + b
-
-        def predict(state: KalmanState) -> KalmanState:
-            size = shape[-3:-1]
-            if self.transition == "closed_form":
-                return predict_conv(state, kernel, size, **geometry, bias=bias)
-            return sample_conv(
-                self.make_rng(RNG),
+        def predict(state: KalmanState) -> KalmanState | None:
+            if not is_concrete(size):
+                return None
+            move = predict_conv
+            if self.transition == "monte_carlo":
+                move = functools.partial(sample_conv, self.make_rng(RNG))
+            return move(
                 state,
-                kernel,
+                self.used_kernel(),
                 size,
-                **geometry,
-                bias=0.0 if bias is None else bias,
+                strides=self.strides,
+                padding=self.padding,
+                input_dilation=self.input_dilation,
+                kernel_dilation=self.kernel_dilation,
+                feature_group_count=self.feature_group_count,
+                bias=self.get_variable("params", "bias"),
             )
 
-        return through(x, move_value, predict)
+        return through(x, super().__call__, predict)
+
+    def used_kernel(self) -> jax.Array:
+        """The kernel that convolves: the parameter behind `kernel_map` and `mask`."""
+        kernel = self._mapped(self.get_variable("params", "kernel"))
+        return kernel if self.mask is None else kernel * self.mask
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A parameter as `nn.Conv` uses it: the kernel behind `kernel_map`."""
+        value = super().param(name, *args, **kwargs)
+        return self._mapped(value) if name == "kernel" else value
+
+    def _mapped(self, kernel: jax.Array) -> jax.Array:
+        return kernel if self.kernel_map is None else self.kernel_map(kernel)
 
 
 class Dense(nn.Dense):
@@ -155,16 +125,3 @@ class Dense(nn.Dense):
             return sample_dense(self.make_rng(RNG), state, kernel, bias)
 
         return through(x, super().__call__, predict)
-
-
-def _pair(value: int | Sequence[int] | None) -> tuple[int, int]:
-    if value is None or isinstance(value, int):
-        return (value or 1,) * 2
-    return tuple(value)
-
-
-def _zeros_around(padding: Any) -> Padding:
-    if isinstance(padding, str):
-        check_choice("padding", padding.upper(), PADDINGS)
-        return padding.upper()
-    return canonicalize_padding(padding, 2)

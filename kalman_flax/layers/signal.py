@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -61,14 +62,32 @@ def state_of(x: Signal, axis: int = -1) -> KalmanState | None:
 def through(
     x: Signal | jax.Array,
     move_value: Callable[[jax.Array], jax.Array],
-    predict: Callable[[KalmanState], KalmanState],
+    predict: Callable[[KalmanState], KalmanState | None],
 ) -> Signal | jax.Array:
     """Moves the value by `move_value` and, where it is known, the state by `predict`.
 
     The contract of every predicting layer: a Signal gives a Signal, a plain array a
-    plain array, and an unknown state stays unknown.
+    plain array, and an unknown state stays unknown. `predict` gives None where it has
+    no answer.
     """
     if not isinstance(x, Signal):
         return move_value(x)
     state = state_of(x)
     return Signal(move_value(x.value), None if state is None else predict(state))
+
+
+def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:
+    """The size of the map that a window moves over: ``*map`` of ``[..., *map, C]``."""
+    shape = jnp.shape(x.value if isinstance(x, Signal) else x)
+    rank = 1 if isinstance(window, int) else len(window)
+    if len(shape) <= rank:
+        raise ValueError(
+            f"the input has shape {shape} and the window {window};"
+            f" expected [..., *map, C] with {rank} axes of the map."
+        )
+    return shape[-1 - rank : -1]
+
+
+def is_concrete(size: Sequence[Any]) -> bool:
+    """Whether the sizes are numbers, and not symbols of an export."""
+    return all(isinstance(n, int) for n in size)

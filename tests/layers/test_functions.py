@@ -46,15 +46,18 @@ def test_activation_order_is_the_number_of_nodes(x):
 @pytest.mark.parametrize("name", ["avg_pool", "max_pool"])
 def test_pools_as_flax_does(name, padding, x):
     args = ((2, 3), (2, 1), padding)
-    options = {"count_include_pad": False} if name == "avg_pool" else {}
-    expected = getattr(nn, name)(x.value, *args, **options)
+    expected = getattr(nn, name)(x.value, *args)
     np.testing.assert_array_equal(getattr(kf, name)(x, *args).value, expected)
 
 
-@pytest.mark.parametrize("correlation, share", [(1.0, 1.0), (0.0, 1 / 6)])
-def test_avg_pool_divides_the_variance_of_independent_neighbours(correlation, share, x):
-    pooled = kf.avg_pool(x, (2, 3), correlation=correlation)
-    close(pooled.state, KalmanState(STATE.mean, STATE.var * share))
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_avg_pool_predicts_with_its_geometry(count_include_pad, x):
+    options = {"padding": "SAME", "count_include_pad": count_include_pad}
+    pooled = kf.avg_pool(x, (2, 3), (2, 1), **options)
+    expected = kf.filter.predict_avg_pool(
+        STATE, (2, 3), (5, 7), strides=(2, 1), **options
+    )
+    close(pooled.state, expected)
 
 
 def test_max_pool_observes_afresh(x):
