@@ -106,6 +106,60 @@ def slide(
     return [axis._replace(padding=pad) for axis, pad in zip(axes, pads)]
 
 
+def transposed(
+    taps: Sequence[int],
+    input_size: Sequence[int],
+    *,
+    strides: PerAxis = 1,
+    padding: Padding = "SAME",
+    kernel_dilation: PerAxis = 1,
+) -> tuple[list[int], dict[str, Sequence]]:
+    """Returns a transposed convolution as one with zeros between the values.
+
+    Args:
+        taps, input_size, strides, padding, kernel_dilation: as in
+            `flax.linen.ConvTranspose`.
+
+    Returns:
+        The size of the map, and the other arguments of `slide`.
+    """
+    axes = slide(
+        taps,
+        input_size,
+        strides=strides,
+        padding="VALID",
+        kernel_dilation=kernel_dilation,
+    )
+    zeros = [padding] * len(axes)
+    if not isinstance(padding, str):
+        zeros = _pairs(padding, len(axes))
+    moved = [_transposed_axis(axis, pad) for axis, pad in zip(axes, zeros)]
+    return [axis.size for axis in moved], {
+        "padding": [axis.padding for axis in moved],
+        "input_dilation": [axis.input_dilation for axis in moved],
+        "kernel_dilation": [axis.kernel_dilation for axis in moved],
+    }
+
+
+def _transposed_axis(axis: Axis, padding: str | tuple[int, int]) -> Axis:
+    span, stride, size = axis.span, axis.stride, axis.size
+    if padding == "SAME":  # one output for each value and zero
+        total = span + stride - 2
+        before = span - 1 if stride > span - 1 else -(-total // 2)
+        padding = before, total - before
+    elif padding == "VALID":  # every output that any value reaches
+        padding = span - 1, max(span, stride) - 1
+    elif padding == "CIRCULAR":
+        # A circle has `size` strides of outputs and no border: as many as lie inside of
+        # a longer map.
+        outputs = size * stride
+        size += 1 - (2 - span) // stride
+        padding = 0, outputs - ((size - 1) * stride + 2 - span)
+    elif isinstance(padding, str):
+        check_choice("padding", padding, ("SAME", "VALID", "CIRCULAR"))
+    return axis._replace(size=size, stride=1, padding=padding, input_dilation=stride)
+
+
 def positions(axes: Sequence[Axis]) -> Positions:
     """Returns the kinds of position of a window with all its taps, row by row.
 

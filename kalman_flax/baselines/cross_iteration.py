@@ -64,10 +64,7 @@ class CrossIterationConv(Conv):
         if not isinstance(x, Signal):
             return super().__call__(x)
         y = super().__call__(x.value)
-        kernel = self.get_variable("params", "kernel")
-        if self.kernel_map is not None:
-            kernel = self.kernel_map(kernel)
-        kernel = jnp.asarray(kernel, jnp.float32)
+        kernel = jnp.asarray(self.used_kernel(), jnp.float32)
         mean, var = observe(y)
         patches, deviation = lax.stop_gradient((x.value, y - mean))
         count = y.size // self.features

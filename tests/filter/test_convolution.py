@@ -105,28 +105,6 @@ def test_a_reflecting_border_reads_values_twice():
     chex.assert_trees_all_close(state.var, expected[1], rtol=0.02)
 
 
-@pytest.mark.parametrize("strides", [1, 2, 3])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_transposed_convolution_puts_zeros_between(strides, padding):
-    """As Flax's does it, by numbers of its own for "SAME" and "VALID"."""
-    mean, var, kernel, bias = draw((3, 4))
-    conv = nn.ConvTranspose(FEATURES, (3, 4), (strides,) * 2, padding)
-    variables = {"params": {"kernel": kernel, "bias": bias}}
-    jaxpr = jax.make_jaxpr(lambda x: conv.apply(variables, x))
-    call = next(
-        eqn
-        for eqn in jaxpr(jnp.zeros((1, 5, 6, CHANNELS))).eqns
-        if eqn.primitive.name == "conv_general_dilated"
-    )
-    geometry = {
-        "padding": call.params["padding"],
-        "input_dilation": call.params["lhs_dilation"],
-    }
-    state = predict(mean, var, kernel, bias, (5, 6), **geometry)
-    x = np.random.default_rng(1).normal(mean, np.sqrt(var), (20_000, 5, 6, CHANNELS))
-    assert_moments(conv.apply(variables, np.float32(x)), *state)
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_leading_axes_are_independent_states(groups):
     *_, kernel, bias = draw(groups=groups)

@@ -109,3 +109,35 @@ def test_pools_of_half_precision_keep_their_dtype(x):
         assert pooled.dtype == jnp.bfloat16
     state = kf.max_pool(Signal(half), (2, 2)).state
     assert state.mean.dtype == state.var.dtype == jnp.float32
+
+
+def test_concatenate_along_positions_mixes_what_is_known(x):
+    joined = kf.concatenate([x, x], axis=1)
+    assert joined.shape == (2, 10, 7, 3)
+    assert joined.state is None
+    for axis in (-1, 3):
+        assert kf.concatenate([x, x], axis=axis).state is not None
+    assert kf.concatenate([x, x], dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear"])
+def test_resize_leaves_the_state_of_neighbours_that_are_alike(method, x):
+    shape = (2, 10, 21, 3)
+    larger = kf.resize(x, shape, method)
+    expected = jax.image.resize(x.value, shape, method)
+    np.testing.assert_array_equal(larger.value, expected)
+    close(larger.state, STATE)
+    np.testing.assert_array_equal(kf.resize(x.value, shape, method), expected)
+    assert kf.resize(x, (2, 5, 7, 6), method).state is None  # of other channels
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_dropout_is_that_of_flax_and_predicts(rate, x):
+    ours, theirs = kf.Dropout(rate), nn.Dropout(rate)
+    rngs = {"dropout": jax.random.key(1)}
+    out = ours.apply({}, x, False, rngs=rngs)
+    expected = theirs.apply({}, x.value, False, rngs=rngs)
+    np.testing.assert_array_equal(out.value, expected)
+    close(out.state, kf.filter.predict_dropout(STATE, rate))
+    close(ours.apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(ours.apply({}, x.value, False, rngs=rngs), expected)
