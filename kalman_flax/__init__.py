@@ -21,6 +21,7 @@ from kalman_flax._kernels import compiler_options as compiler_options
 from kalman_flax.inference.checkpoint import export_batch_norm as export_batch_norm
 from kalman_flax.inference.checkpoint import load_batch_norm as load_batch_norm
 from kalman_flax.inference.running import merge_running as merge_running
+from kalman_flax.layers.functions import Dropout as Dropout
 from kalman_flax.layers.functions import activation as activation
 from kalman_flax.layers.functions import avg_pool as avg_pool
 from kalman_flax.layers.functions import concatenate as concatenate
@@ -28,11 +29,13 @@ from kalman_flax.layers.functions import global_avg_pool as global_avg_pool
 from kalman_flax.layers.functions import max_pool as max_pool
 from kalman_flax.layers.functions import pad_channels as pad_channels
 from kalman_flax.layers.functions import relu as relu
+from kalman_flax.layers.functions import resize as resize
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm as GroupKalmanNorm
 from kalman_flax.layers.kalman_norm import KalmanNorm as KalmanNorm
 from kalman_flax.layers.kalman_norm import PaperKalmanNorm as PaperKalmanNorm
 from kalman_flax.layers.kalman_norm import ReleasedKalmanNorm as ReleasedKalmanNorm
 from kalman_flax.layers.linear import Conv as Conv
+from kalman_flax.layers.linear import ConvTranspose as ConvTranspose
 from kalman_flax.layers.linear import Dense as Dense
 from kalman_flax.layers.linear import centre_kernel as centre_kernel
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel

@@ -1,8 +1,9 @@
 """Closed-form predictions: one function per operation, state in, state out.
 
 Each moves the mean and variance of an operation's input to those of its output
-(paper, Eq. 5 and the first and third line of Eq. 7). The convolution has a file of
-its own, `convolution.py`. Max-pooling has no good closed form: `observe` its output.
+(paper, Eq. 5 and the first and third line of Eq. 7). Convolution and averages over
+positions have files of their own, `convolution.py` and `pool.py`. Max-pooling has no
+good closed form: `observe` its output.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kalman_flax._filter.state import KalmanState, for_channels, standard_deviation
+from kalman_flax._filter.state import (
+    KalmanState,
+    aligned,
+    for_channels,
+    standard_deviation,
+)
 
 
 def predict_dense(
@@ -30,16 +36,16 @@ def predict_dense(
     kernel = jnp.asarray(kernel, jnp.float32)
     mean, var = for_channels(state, kernel.shape[0])
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return KalmanState(matmul(mean, kernel) + bias, matmul(var, jnp.square(kernel)))
+    mean, var = matmul(mean, kernel), matmul(var, jnp.square(kernel))
+    return KalmanState(sum(aligned(mean, bias)), var)
 
 
 def predict_affine(
     state: KalmanState, scale: jax.Array | float, bias: jax.Array | float
 ) -> KalmanState:
     """Moves a state through ``scale * x + bias``, each ``[C]`` or scalar. Exact."""
-    scale = jnp.asarray(scale, jnp.float32)
-    bias = jnp.asarray(bias, jnp.float32)
-    return KalmanState(scale * state.mean + bias, jnp.square(scale) * state.var)
+    mean, var, scale, bias = aligned(*state, scale, bias)
+    return KalmanState(scale * mean + bias, jnp.square(scale) * var)
 
 
 def predict_relu(state: KalmanState) -> KalmanState:
@@ -91,8 +97,8 @@ def _gaussian(
     """Returns s, a = mu / s, Phi(a) and phi(a)."""
     std = standard_deviation(var)
     a = mean / std
-    # `ndtr` would be more accurate in the tails, with many more operations to compile;
-    # what is lost here is of the order of 1e-6 of the input's variance.
+    # By `erf`: `ndtr` is more accurate in the tails, for many more operations; what is
+    # lost here is of the order of 1e-6 of the input's variance.
     above = 0.5 * (1.0 + lax.erf(a * math.sqrt(0.5)))
     return std, a, above, jnp.exp(-0.5 * jnp.square(a)) / math.sqrt(2 * math.pi)
 
@@ -112,32 +118,55 @@ def predict_pointwise(
         order: number of quadrature nodes.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(order)
-    nodes = jnp.asarray(nodes, jnp.float32)
-    weights = jnp.asarray(weights / weights.sum(), jnp.float32)
+    weights = weights / weights.sum()
     mean, var = (jnp.asarray(s, jnp.float32)[..., None] for s in state)
+    mean, var, nodes, weights = aligned(mean, var, nodes, weights)
     values = fn(mean + standard_deviation(var) * nodes)
     out_mean = jnp.sum(weights * values, axis=-1)
     centred = values - out_mean[..., None]
     return KalmanState(out_mean, jnp.sum(weights * jnp.square(centred), axis=-1))
 
 
-def predict_avg_pool(
-    state: KalmanState, window_shape: Sequence[int], correlation: float = 1.0
-) -> KalmanState:
-    """Moves a state through an average over windows that lie inside the map.
+def predict_sum(a: KalmanState, b: KalmanState) -> KalmanState:
+    """State of the sum of two independent branches: means and variances add."""
+    return KalmanState(
+        sum(aligned(a.mean, b.mean)),
+        sum(aligned(a.var, b.var)),
+    )
 
-    With k values in a window and a correlation rho between neighbours, the variance
-    is v (1 + (k - 1) rho) / k. rho = 1, as in the released code, leaves it unchanged;
-    rho = 0, independent neighbours, divides it by k.
+
+def predict_product(a: KalmanState, b: KalmanState) -> KalmanState:
+    """State of the product of two independent signals, as of a map and its gate.
+
+    mean = mu_a mu_b; var = v_a v_b + v_a mu_b^2 + v_b mu_a^2. Exact.
     """
-    size = int(np.prod(window_shape))
-    mean, var = state
-    return KalmanState(mean, var * ((1 + (size - 1) * correlation) / size))
+    mean_a, var_a, mean_b, var_b = aligned(*a, *b)
+    return KalmanState(
+        mean_a * mean_b,
+        var_a * var_b + var_a * jnp.square(mean_b) + var_b * jnp.square(mean_a),
+    )
+
+
+def predict_dropout(state: KalmanState, rate: float) -> KalmanState:
+    """Moves a state through inverted dropout: 0 with probability `rate`, else x / keep,
+    keep = 1 - `rate`. It is the product with a mask of mean 1 and variance rate / keep.
+
+    Exact, and the same for a branch that is dropped as a whole (stochastic depth).
+    """
+    if rate == 1.0:
+        return predict_affine(state, 0.0, 0.0)
+    return predict_product(state, KalmanState(1.0, rate / (1.0 - rate)))
 
 
 def predict_pad_channels(state: KalmanState, before: int, after: int) -> KalmanState:
-    """Moves a state ``[..., C]`` through zero-padding of the channels: pads with 0."""
-    return KalmanState(*(pad_last_axis(stat, before, after) for stat in state))
+    """Moves a state ``[..., C]`` through zero-padding of the channels: pads with 0.
+
+    Raises:
+        ValueError: a state of floats, which does not say how many channels it is of.
+    """
+    return KalmanState(
+        *(pad_last_axis(stat, before, after) for stat in _of_known_channels(state))
+    )
 
 
 def pad_last_axis(x: jax.Array, before: int, after: int) -> jax.Array:
@@ -145,36 +174,14 @@ def pad_last_axis(x: jax.Array, before: int, after: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
 
 
-def predict_sum(a: KalmanState, b: KalmanState) -> KalmanState:
-    """State of the sum of two independent branches: means and variances add."""
-    return KalmanState(a.mean + b.mean, a.var + b.var)
-
-
-def predict_group(state: KalmanState, num_groups: int) -> KalmanState:
-    """Moments of groups of channels, ``[..., C]``, carried by each channel of a group.
-
-    mean = mean of means; var = mean of variances + variance of means, over the channels
-    of the group: the law of total variance, exact.
-
-    Raises:
-        ValueError: a group count that does not divide C.
-    """
-    channels = state.mean.shape[-1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"num_groups is {num_groups}, but the state has {channels} channels; choose"
-            " a divisor of the channel count."
-        )
-    size = channels // num_groups
-    mean, var = (stat.reshape(*stat.shape[:-1], num_groups, size) for stat in state)
-    var = jnp.mean(var, axis=-1) + jnp.var(mean, axis=-1)
-    mean = jnp.mean(mean, axis=-1)
-    return KalmanState(*(jnp.repeat(stat, size, axis=-1) for stat in (mean, var)))
-
-
 def predict_concatenate(states: Sequence[KalmanState]) -> KalmanState:
     """State of branches joined along the channel axis: joins theirs, ``[..., C_i]``,
-    of which one for all examples serves each."""
+    of which one for all examples serves each.
+
+    Raises:
+        ValueError: a state of floats, which does not say how many channels it is of.
+    """
+    states = [_of_known_channels(state) for state in states]
     leading = jnp.broadcast_shapes(*(state.mean.shape[:-1] for state in states))
 
     def join(stats: Sequence[jax.Array]) -> jax.Array:
@@ -182,3 +189,40 @@ def predict_concatenate(states: Sequence[KalmanState]) -> KalmanState:
         return jnp.concatenate(stats, axis=-1)
 
     return KalmanState(*map(join, zip(*states, strict=True)))
+
+
+def predict_group(state: KalmanState, num_groups: int) -> KalmanState:
+    """Moments of groups of channels, ``[..., C]``, carried by each channel of a group.
+
+    mean = mean of means; var = mean of variances + variance of means, over the channels
+    of the group: the law of total variance, exact. Floats, of channels all alike, are
+    the moments of their groups, too.
+
+    Raises:
+        ValueError: a group count that does not divide C.
+    """
+    mean, var = jnp.broadcast_arrays(*aligned(*state))
+    if mean.ndim == 0:
+        return KalmanState(mean, var)
+    channels = mean.shape[-1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}, but the state has {channels} channels; choose"
+            " a divisor of the channel count."
+        )
+    size = channels // num_groups
+    mean, var = (s.reshape(*s.shape[:-1], num_groups, size) for s in (mean, var))
+    var = jnp.mean(var, axis=-1) + jnp.var(mean, axis=-1)
+    mean = jnp.mean(mean, axis=-1)
+    return KalmanState(*(jnp.repeat(stat, size, axis=-1) for stat in (mean, var)))
+
+
+def _of_known_channels(state: KalmanState) -> KalmanState:
+    """Returns `state` with mean and variance of one shape ``[..., C]``."""
+    mean, var = jnp.broadcast_arrays(*aligned(*state))
+    if mean.ndim == 0:
+        raise ValueError(
+            f"the state is {tuple(state)}, the same for every channel, but not of how"
+            " many; say it by kalman_flax.filter.for_channels(state, channels)."
+        )
+    return KalmanState(mean, var)

@@ -12,12 +12,12 @@ The state is ``[C]`` here, and anything else a ValueError; `jax.vmap` over leadi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from kalman_flax._filter.convolution import convolve
+from kalman_flax._filter.geometry import Axis, Padding, PerAxis, slide
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState, for_channels, standard_deviation
 
@@ -28,29 +28,52 @@ def sample_conv(
     kernel: jax.Array,
     input_size: Sequence[int],
     *,
-    num_maps: int = 1,
-    bias: jax.Array | float = 0.0,
-    **geometry: Any,
+    padding: Padding = "SAME",
+    feature_group_count: int = 1,
+    bias: jax.Array | None = None,
+    **geometry: PerAxis,
 ) -> KalmanState:
-    """Moves a state through a 2-D convolution by sampling maps.
+    """Moves a state through a convolution by sampling a map, one as in the paper.
 
     Args:
         key: PRNG key.
         state: ``[C]``.
-        kernel: ``[h, w, C / groups, D]``.
-        input_size: height and width of the maps drawn.
-        num_maps: maps drawn; the paper draws one.
+        kernel: ``[*window, C / groups, D]``.
+        input_size: of the map drawn, one number for each axis.
         bias: ``[D]``.
-        **geometry: strides, padding, kernel_dilation, feature_group_count, as in
-            `kalman_flax.predict_conv`.
+        padding, feature_group_count, **geometry: strides, input_dilation and
+            kernel_dilation, as in `predict_conv`.
 
     Returns:
-        ``[D]``, the moments of the sampled output over maps and positions.
+        ``[D]``, the moments of the sampled output over its positions.
     """
-    channels = kernel.shape[2] * geometry.get("feature_group_count", 1)
-    y = _draw(key, state, (num_maps, *input_size, channels))
-    mean, var = observe(convolve(y, jnp.asarray(kernel, jnp.float32), **geometry))
-    return KalmanState(mean + bias, var)
+    kernel = jnp.asarray(kernel, jnp.float32)
+    *taps, channels, _ = kernel.shape
+    axes = slide(taps, input_size, padding=padding, **geometry)
+    shape = (1, *(axis.size for axis in axes), channels * feature_group_count)
+    y = _convolve(_draw(key, state, shape), kernel, axes, feature_group_count)
+    mean, var = observe(y)
+    return KalmanState(mean if bias is None else mean + bias, var)
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], feature_group_count: int
+) -> jax.Array:
+    """Convolves ``[N, *map, C]`` with ``[*window, C / groups, D]``."""
+    rank = x.ndim - 2
+    last = (0, rank + 1, *range(1, rank + 1))  # channels last
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        [axis.stride for axis in axes],
+        [axis.padding for axis in axes],
+        lhs_dilation=[axis.input_dilation for axis in axes],
+        rhs_dilation=[axis.kernel_dilation for axis in axes],
+        dimension_numbers=lax.ConvDimensionNumbers(
+            last, (rank + 1, rank, *range(rank)), last
+        ),
+        feature_group_count=feature_group_count,
+    )
 
 
 def sample_dense(

@@ -44,6 +44,20 @@ def for_channels(state: KalmanState, channels: int) -> KalmanState:
     return KalmanState(broadcast("mean", state.mean), broadcast("var", state.var))
 
 
+def aligned(*stats: jax.Array | float) -> list[jax.Array]:
+    """Returns `stats` as float32 of one rank, by leading axes of 1; scalars stay.
+
+    So ``[C]`` stands beside ``[N, C]`` even where ``jax_numpy_rank_promotion`` refuses
+    arrays of different ranks.
+    """
+    arrays = [jnp.asarray(stat, jnp.float32) for stat in stats]
+    rank = max(array.ndim for array in arrays)
+    return [
+        jnp.expand_dims(array, range(rank - array.ndim)) if array.ndim else array
+        for array in arrays
+    ]
+
+
 def standard_deviation(var: jax.Array) -> jax.Array:
     """sqrt(var) with a finite gradient at 0.
 

@@ -65,7 +65,7 @@ class CrossIterationConv(Conv):
         if not isinstance(x, Signal):
             return super().__call__(x)
         y = super().__call__(x.value)
-        kernel = self._kernel_used()
+        kernel = jnp.asarray(self.used_kernel(), jnp.float32)
         mean, var = observe(y)
         patches, deviation = lax.stop_gradient((x.value, y - mean))
         # Like `y`, so that they vary over the devices as it does: under shard_map a
@@ -74,13 +74,6 @@ class CrossIterationConv(Conv):
         mean_slope = self._mean_with_patches(ones, patches, kernel)
         var_slope = self._mean_with_patches(2.0 * deviation, patches, kernel)
         return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
-
-    def _kernel_used(self) -> jax.Array:
-        """What comes out of the kernel map, in float32."""
-        kernel = self.get_variable("params", "kernel")
-        if self.kernel_map is not None:
-            kernel = self.kernel_map(kernel)
-        return jnp.asarray(kernel, jnp.float32)
 
     def _mean_with_patches(
         self, factor: jax.Array, patches: jax.Array, kernel: jax.Array

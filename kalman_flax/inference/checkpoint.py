@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from kalman_flax.layers.linear import Conv
+from kalman_flax.layers.linear import Convolution
 
 Path = tuple[str, ...]
 
@@ -80,9 +80,10 @@ def export_batch_norm(
     kernel_maps = {}
 
     def note(call, call_args, call_kwargs, context):
-        if isinstance(context.module, Conv) and context.module.kernel_map:
-            path = ("params", *context.module.path, "kernel")
-            kernel_maps[path] = context.module.kernel_map
+        module = context.module
+        if isinstance(module, Convolution) and module.kernel_map:
+            path = ("params", *module.path, "kernel")
+            kernel_maps[path] = module.clone(parent=None).map_kernel
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(note):

@@ -1,4 +1,4 @@
-"""Layers without parameters: activations, pooling, channel padding, concatenation."""
+"""Layers without parameters: activations, pooling, dropout, concatenation and so on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import jax
 import jax.numpy as jnp
 
 from kalman_flax._filter.observe import observe
+from kalman_flax._filter.pool import predict_avg_pool
 from kalman_flax._filter.predict import (
     pad_last_axis,
-    predict_avg_pool,
     predict_concatenate,
+    predict_dropout,
     predict_pad_channels,
     predict_pointwise,
     predict_relu,
 )
-from kalman_flax.layers.signal import Signal, as_signal, state_of, through
+from kalman_flax._filter.state import KalmanState
+from kalman_flax.layers.signal import (
+    Signal,
+    as_signal,
+    is_concrete,
+    map_size,
+    state_of,
+    through,
+)
 
 
 def relu(x: Signal | jax.Array) -> Signal | jax.Array:
@@ -37,28 +46,37 @@ def activation(
 
 
 def avg_pool(
-    x: Signal | jax.Array,
+    inputs: Signal | jax.Array,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
-    correlation: float = 1.0,
+    count_include_pad: bool = True,
 ) -> Signal | jax.Array:
-    """`nn.avg_pool` over the values inside the map (``count_include_pad=False``).
-
-    `correlation` is that of neighbouring positions, see `predict_avg_pool`.
-    """
+    """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
+    for zeros at the border that count, see `kf.filter.predict_avg_pool`."""
 
     def pool(value: jax.Array) -> jax.Array:
-        pooled = nn.avg_pool(
-            value, window_shape, strides, padding, count_include_pad=False
-        )
+        pooled = nn.avg_pool(value, window_shape, strides, padding, count_include_pad)
         return pooled.astype(value.dtype)  # the count of values is a float32 to Flax
 
-    return through(x, pool, lambda s: predict_avg_pool(s, window_shape, correlation))
+    def predict(state: KalmanState) -> KalmanState | None:
+        size = map_size(inputs, window_shape)
+        if not is_concrete(size):
+            return None
+        return predict_avg_pool(
+            state,
+            window_shape,
+            size,
+            strides=strides,
+            padding=padding,
+            count_include_pad=count_include_pad,
+        )
+
+    return through(inputs, pool, predict)
 
 
 def max_pool(
-    x: Signal | jax.Array,
+    inputs: Signal | jax.Array,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
@@ -66,10 +84,10 @@ def max_pool(
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
     state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
     where the state is one of each example, which must not see the others."""
-    pooled = nn.max_pool(as_signal(x).value, window_shape, strides, padding)
-    if not isinstance(x, Signal):
+    pooled = nn.max_pool(as_signal(inputs).value, window_shape, strides, padding)
+    if not isinstance(inputs, Signal):
         return pooled
-    of_examples = x.state is not None and jnp.ndim(x.state.mean) > 1
+    of_examples = inputs.state is not None and jnp.ndim(inputs.state.mean) > 1
     return Signal(pooled, observe(pooled, "instance" if of_examples else "batch"))
 
 
@@ -90,12 +108,57 @@ def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax
     )
 
 
-def concatenate(xs: Sequence[Signal | jax.Array]) -> Signal | jax.Array:
-    """Joins along the channels; the state is known where those of all branches are."""
+def concatenate(
+    xs: Sequence[Signal | jax.Array], axis: int = -1, dtype: Any = None
+) -> Signal | jax.Array:
+    """`jnp.concatenate`, but along the channels where no axis is given.
+
+    Joined channels have a state where all branches have. Along another axis values of
+    different moments come together: the state is unknown.
+    """
     signals = [as_signal(x) for x in xs]
-    value = jnp.concatenate([s.value for s in signals], axis=-1)
+    value = jnp.concatenate([s.value for s in signals], axis=axis, dtype=dtype)
     if not any(isinstance(x, Signal) for x in xs):
         return value
-    known = all(s.state is not None for s in signals)
-    states = [state_of(s) for s in signals] if known else None
-    return Signal(value, predict_concatenate(states) if known else None)
+    of_channels = axis in (-1, value.ndim - 1)
+    if not of_channels or any(s.state is None for s in signals):
+        return Signal(value)
+    return Signal(value, predict_concatenate([state_of(s) for s in signals]))
+
+
+def resize(
+    image: Signal | jax.Array,
+    shape: Sequence[int],
+    method: str | jax.image.ResizeMethod,
+    antialias: bool = True,
+    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
+) -> Signal | jax.Array:
+    """`jax.image.resize`, e.g. ``resize(x, (n, 2 * h, 2 * w, c), "nearest")``.
+
+    Every method is an average over neighbours, which count as alike, so that the state
+    stays as it is, see `kf.filter.predict_average`. Not where channels are resized.
+    """
+    return through(
+        image,
+        lambda value: jax.image.resize(value, shape, method, antialias, precision),
+        lambda state: state if shape[-1] == image.shape[-1] else None,
+    )
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` over a Signal: its attributes, RNG and values. In exact moments."""
+
+    def __call__(
+        self,
+        inputs: Signal | jax.Array,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> Signal | jax.Array:
+        """Drops values of ``[..., C]``, each or along `broadcast_dims` together."""
+        kept = nn.merge_param("deterministic", self.deterministic, deterministic)
+        drop = super().__call__
+        return through(
+            inputs,
+            lambda value: drop(value, deterministic, rng),
+            lambda state: state if kept else predict_dropout(state, self.rate),
+        )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 
-from kalman_flax.layers.functions import avg_pool, concatenate, max_pool
+from kalman_flax.layers.functions import avg_pool as padded_avg_pool
+from kalman_flax.layers.functions import concatenate, max_pool
 from kalman_flax.layers.signal import Signal
 from kalman_flax.models.network import Layers, Network
+
+#: An average of the values inside the map alone.
+avg_pool = functools.partial(padded_avg_pool, count_include_pad=False)
 
 #: A branch: (kernel size, features) of its convolutions.
 Branch = Sequence[tuple[int, int]]

@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +10,17 @@ from jax import lax
 from jax.test_util import check_grads
 
 import kalman_flax as kf
-from kalman_flax._filter.convolution import convolve
 from tests.reference import kalman as reference
 from tests.reference.statistics import assert_moments
 
 CHANNELS, FEATURES = 4, 6
-ARGUMENTS = ("strides", "padding", "kernel_dilation", "feature_group_count")
+ARGUMENTS = (
+    "strides",
+    "padding",
+    "input_dilation",
+    "kernel_dilation",
+    "feature_group_count",
+)
 
 # name: (kernel size, input size, geometry)
 GEOMETRIES = {
@@ -32,6 +38,21 @@ GEOMETRIES = {
     "cropped-by-hand": ((3, 3), (8, 8), {"padding": ((-1, 2), (0, -2))}),
     "7x7-stem": ((7, 7), (8, 8), {"padding": ((3, 3), (3, 3)), "strides": (2, 2)}),
     "kernel-larger-than-map": ((5, 5), (2, 3), {}),
+    "integers": ((3, 3), (7, 6), {"strides": 2, "padding": 1, "kernel_dilation": 2}),
+    "1-D": ((5,), (60,), {"strides": (3,), "kernel_dilation": 2}),
+    "1-D-causal": ((4,), (60,), {"padding": "CAUSAL", "kernel_dilation": (3,)}),
+    "3-D": ((3, 2, 3), (4, 3, 5), {"strides": (1, 2, 2), "feature_group_count": 2}),
+    "circular": ((3, 4), (5, 6), {"padding": "CIRCULAR", "kernel_dilation": (2, 1)}),
+    "zeros-between": (
+        (3, 4),
+        (5, 6),
+        {"input_dilation": (2, 3), "padding": ((1, 2), (2, 2)), "strides": (1, 2)},
+    ),
+    "zeros-between-dilated-taps": (
+        (3,),
+        (50,),
+        {"input_dilation": 2, "kernel_dilation": 3, "padding": ((4, 1),)},
+    ),
 }
 each_geometry = pytest.mark.parametrize(
     ("taps", "size", "geometry"), GEOMETRIES.values(), ids=GEOMETRIES.keys()
@@ -69,19 +90,19 @@ def test_against_sampling(taps, size, geometry):
     rng = np.random.default_rng(1)
     maps = 18_000 if np.prod(size) < 60 else 7_000
     x = rng.normal(mean, np.sqrt(var), (maps, *size, CHANNELS)).astype(np.float32)
-    y = convolve(x, kernel, precision=lax.Precision.HIGHEST, **geometry) + bias
+    conv = nn.Conv(FEATURES, taps, precision=lax.Precision.HIGHEST, **geometry)
+    y = conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     assert_moments(y, *predicted)
 
 
-def test_convolve_against_loops():
-    x = np.random.default_rng(0).normal(size=(2, 6, 5, CHANNELS)).astype(np.float32)
-    _, _, kernel, _ = draw()
-    expected = np.zeros((2, 6, 5, FEATURES))
-    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    for i, j in np.ndindex(6, 5):
-        window = padded[:, i : i + 3, j : j + 3]
-        expected[:, i, j] = np.einsum("nhwc,hwcd->nd", window, kernel)
-    chex.assert_trees_all_close(convolve(x, kernel), expected, rtol=1e-4, atol=1e-4)
+def test_a_reflecting_border_reads_values_twice():
+    """Which is left out, and so wrong in one of many positions."""
+    mean, var, kernel, bias = draw((3,))
+    geometry = {"padding": "REFLECT"}
+    state = predict(mean, var, kernel, bias, (100,), **geometry)
+    expected = reference.conv(mean, var, kernel, (100,), bias=bias, **geometry)
+    chex.assert_trees_all_close(state.mean, expected[0], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state.var, expected[1], rtol=0.02)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -196,6 +217,16 @@ def test_numerical_gradients():
             {"padding": "VALID", "input_size": (4, 8), "kernel_dilation": (2, 1)},
             r"3 taps \(dilation 2\).*4 positions",
         ),
+        (4, {"strides": (1,)}, r"strides is \(1,\); expected 2 numbers"),
+        (4, {"input_size": (8,)}, r"input_size is \(8,\); expected 2 numbers"),
+        (4, {"input_size": (8, None)}, "needs numbers.*the state is unknown: None"),
+        (
+            4,
+            {"padding": ((1, 1),)},
+            r"padding is \(\(1, 1\),\); expected .* 2 integers",
+        ),
+        (4, {"padding": "EVEN"}, "padding is 'EVEN'; expected one of.*CIRCULAR"),
+        (4, {"input_dilation": 2}, "'SAME' with input_dilation.*in numbers"),
     ],
 )
 def test_errors(channels, arguments, message):

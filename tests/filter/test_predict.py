@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,25 +135,64 @@ def test_sum_and_concatenation_against_sampling():
     assert_moments(joined, *kf.filter.predict_concatenate([a, c]))
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.3, 1.0])
-def test_avg_pool_against_numpy_and_sampling(correlation):
-    """Maps whose positions share a part of their variance, through a 2x4 pool."""
-    mean, var = draw()
-    rng = np.random.default_rng(4)
-    shared = rng.normal(size=(25_000, 1, 1, 1, 1, 5))
-    own = rng.normal(size=(25_000, 2, 2, 2, 4, 5))
-    noise = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
-    pooled = (mean + np.sqrt(var) * noise).mean((2, 4))
-    predicted = kf.filter.predict_avg_pool(
-        kf.KalmanState(mean, var), (2, 4), correlation
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize("padding", ["VALID", "SAME", ((0, 2),)])
+def test_avg_pool_of_neighbours_that_are_alike(padding, count_include_pad):
+    state = draw()
+    options = {"strides": 2, "padding": padding, "count_include_pad": count_include_pad}
+    pooled = kf.filter.predict_avg_pool(state, (3,), (11,), **options)
+    expected = reference.avg_pool(*state, 3, 11, 2, padding, count_include_pad)
+    chex.assert_trees_all_close(tuple(pooled), expected, rtol=1e-5)
+    if padding == "VALID" or not count_include_pad:
+        chex.assert_trees_all_equal(pooled, state)
+
+
+def test_product_against_sampling():
+    a, b = draw(), draw(seed=2)
+    rng = np.random.default_rng(3)
+    x, y = (rng.normal(s.mean, np.sqrt(s.var), (200_000, 5)) for s in (a, b))
+    assert_moments(x * y, *kf.filter.predict_product(a, b))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_dropout_against_sampling(rate):
+    state = draw()
+    x = np.random.default_rng(3).normal(state.mean, np.sqrt(state.var), (200_000, 5))
+    dropout = nn.Dropout(rate, deterministic=False)
+    dropped = dropout.apply({}, np.float32(x), rngs={"dropout": jax.random.key(0)})
+    assert_moments(dropped, *kf.filter.predict_dropout(state, rate))
+
+
+def test_groups_against_numpy():
+    state = draw((3, 4))
+    mean, var = (s.reshape(3, 2, 2) for s in np.float64([*state]))
+    expected = mean.mean(2), var.mean(2) + mean.var(2)
+    chex.assert_trees_all_close(
+        tuple(kf.filter.predict_group(state, 2)),
+        tuple(np.repeat(s, 2, -1) for s in expected),
+        rtol=1e-5,
     )
-    assert_moments(pooled, *predicted)
-    expected = reference.avg_pool(mean, var, 8, correlation)
-    chex.assert_trees_all_close(tuple(predicted), expected, rtol=1e-5)
 
 
-def test_avg_pool_by_default_keeps_the_state():
-    chex.assert_trees_all_close(kf.filter.predict_avg_pool(draw(), (3, 3)), draw())
+def test_floats_are_the_state_of_any_group():
+    state = kf.KalmanState(0.5, 2.0)
+    chex.assert_trees_all_close(kf.filter.predict_group(state, 4), state)
+
+
+@pytest.mark.parametrize(
+    "predict",
+    [
+        lambda s: kf.filter.predict_pad_channels(s, 1, 2),
+        lambda s: kf.filter.predict_concatenate([draw(), s]),
+    ],
+    ids=["pad_channels", "concatenate"],
+)
+def test_floats_do_not_say_how_many_channels_they_are_of(predict):
+    floats, full = kf.KalmanState(0.5, 1.0), kf.KalmanState(np.full(5, 0.5), np.ones(5))
+    with pytest.raises(ValueError, match="for_channels"):
+        predict(floats)
+    for state in kf.filter.for_channels(floats, 5), kf.KalmanState(0.5, full.var):
+        chex.assert_trees_all_equal(predict(state), predict(full))
 
 
 A, SIGMA = np.meshgrid(np.linspace(-6, 6, 49), [1e-3, 1.0, 100.0])
@@ -203,7 +243,7 @@ def test_variance_survives_a_mean_of_1e4():
     for through in (
         kf.filter.predict_relu(state),
         kf.filter.predict_pointwise(state, gelu),
-        kf.filter.predict_avg_pool(state, (2, 2)),
+        kf.filter.predict_avg_pool(state, (2, 2), (4, 4)),
         kf.filter.predict_affine(state, 1.0, -1e4),
     ):
         np.testing.assert_allclose(through.var, 1, rtol=2e-3)
@@ -236,7 +276,9 @@ def test_bfloat16_weights_give_a_float32_state(predict, in_numpy, weights):
 
 PREDICTIONS = {name: case[0] for name, case in POINTWISE.items()} | {
     "conv": lambda s: kf.filter.predict_conv(s, FILTER, (5, 4), strides=(2, 1)),
-    "avg_pool": lambda s: kf.filter.predict_avg_pool(s, (2, 2), 0.5),
+    "avg_pool": lambda s: kf.filter.predict_avg_pool(s, (2,), (4,), padding=1),
+    "product": lambda s: kf.filter.predict_product(s, draw()),
+    "dropout": lambda s: kf.filter.predict_dropout(s, 0.3),
     "sum": lambda s: kf.filter.predict_sum(s, s),
     "concatenate": lambda s: kf.filter.predict_concatenate([s, s]),
 }
@@ -263,7 +305,8 @@ TRANSFORMS = {
 def test_under_transformations(predict, transform):
     """States ``[4, 3, C]`` of replicas are that many states."""
     states = draw((4, 3, 5))
-    out = jax.jit(transform(predict))(states)
+    with jax.numpy_rank_promotion("raise"):
+        out = jax.jit(transform(predict))(states)
     chex.assert_type([*out], jnp.float32)
     one = predict(kf.KalmanState(states.mean[2, 1], states.var[2, 1]))
     chex.assert_trees_all_close(

@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 # The three ways to have no use for a prediction: how x comes, and the attributes.
 WAYS = {
     "gain 1": (
-        lambda x: Signal(x, KalmanState(1.5, 3.0)),
+        lambda x: Signal(x, KalmanState(jnp.full(6, 1.5), jnp.full(6, 3.0))),
         {"gain": 1.0, "learn_gain": None},
     ),
     "unknown state": (Signal, {"noise": "additive", "outlier_ratio": 100.0}),

@@ -46,15 +46,18 @@ def test_activation_order_is_the_number_of_nodes(x):
 @pytest.mark.parametrize("name", ["avg_pool", "max_pool"])
 def test_pools_as_flax_does(name, padding, x):
     args = ((2, 3), (2, 1), padding)
-    options = {"count_include_pad": False} if name == "avg_pool" else {}
-    expected = getattr(nn, name)(x.value, *args, **options)
+    expected = getattr(nn, name)(x.value, *args)
     np.testing.assert_array_equal(getattr(kf, name)(x, *args).value, expected)
 
 
-@pytest.mark.parametrize("correlation, share", [(1.0, 1.0), (0.0, 1 / 6)])
-def test_avg_pool_divides_the_variance_of_independent_neighbours(correlation, share, x):
-    pooled = kf.avg_pool(x, (2, 3), correlation=correlation)
-    close(pooled.state, KalmanState(STATE.mean, STATE.var * share))
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_avg_pool_predicts_with_its_geometry(count_include_pad, x):
+    options = {"padding": "SAME", "count_include_pad": count_include_pad}
+    pooled = kf.avg_pool(x, (2, 3), (2, 1), **options)
+    expected = kf.filter.predict_avg_pool(
+        STATE, (2, 3), (5, 7), strides=(2, 1), **options
+    )
+    close(pooled.state, expected)
 
 
 def test_max_pool_observes_afresh(x):
@@ -106,3 +109,35 @@ def test_pools_of_half_precision_keep_their_dtype(x):
         assert pooled.dtype == jnp.bfloat16
     state = kf.max_pool(Signal(half), (2, 2)).state
     assert state.mean.dtype == state.var.dtype == jnp.float32
+
+
+def test_concatenate_along_positions_mixes_what_is_known(x):
+    joined = kf.concatenate([x, x], axis=1)
+    assert joined.shape == (2, 10, 7, 3)
+    assert joined.state is None
+    for axis in (-1, 3):
+        assert kf.concatenate([x, x], axis=axis).state is not None
+    assert kf.concatenate([x, x], dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear"])
+def test_resize_leaves_the_state_of_neighbours_that_are_alike(method, x):
+    shape = (2, 10, 21, 3)
+    larger = kf.resize(x, shape, method)
+    expected = jax.image.resize(x.value, shape, method)
+    np.testing.assert_array_equal(larger.value, expected)
+    close(larger.state, STATE)
+    np.testing.assert_array_equal(kf.resize(x.value, shape, method), expected)
+    assert kf.resize(x, (2, 5, 7, 6), method).state is None  # of other channels
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_dropout_is_that_of_flax_and_predicts(rate, x):
+    ours, theirs = kf.Dropout(rate), nn.Dropout(rate)
+    rngs = {"dropout": jax.random.key(1)}
+    out = ours.apply({}, x, False, rngs=rngs)
+    expected = theirs.apply({}, x.value, False, rngs=rngs)
+    np.testing.assert_array_equal(out.value, expected)
+    close(out.state, kf.filter.predict_dropout(STATE, rate))
+    close(ours.apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(ours.apply({}, x.value, False, rngs=rngs), expected)

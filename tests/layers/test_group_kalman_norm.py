@@ -280,7 +280,7 @@ IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 
 @pytest.mark.parametrize("layer", [
     kf.relu,
-    lambda x: kf.avg_pool(x, (2, 2), strides=(2, 2), correlation=0.5),
+    lambda x: kf.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME"),
     lambda x: kf.pad_channels(x, 1, 2),
     lambda x: x + kf.relu(x),
     lambda x: kf.concatenate([x, x]),

@@ -1,5 +1,7 @@
 """Conv and Dense: values and parameters of Flax, states of the pure functions."""
 
+import inspect
+
 import chex
 import flax
 import flax.linen as nn
@@ -10,6 +12,7 @@ import pytest
 
 import kalman_flax as kf
 from kalman_flax import KalmanState, Signal
+from tests.reference.statistics import assert_moments
 
 KEY = jax.random.key(0)
 STATE = KalmanState(jnp.array([-1.0, 0.0, 2.0, 1.0]), jnp.array([0.5, 1.0, 4.0, 0.0]))
@@ -63,6 +66,135 @@ def test_conv_predicts_with_its_kernel_bias_and_geometry(options, x):
     scale = np.sqrt(var)
     np.testing.assert_allclose(mean / scale, y.mean((0, 1, 2)) / scale, atol=0.02)
     np.testing.assert_allclose(var, y.var((0, 1, 2)), rtol=0.03)
+
+
+# name: (kernel size, map, options)
+TRANSPOSED = {
+    "SAME": ((3, 2), (6, 5), {"strides": (2, 3)}),
+    "VALID": ((2, 4), (5, 6), {"strides": (3, 2), "padding": "VALID"}),
+    "stride 1": ((3, 4), (5, 6), {"kernel_dilation": (1, 2)}),
+    "pairs": ((3, 3), (5, 6), {"strides": (2, 2), "padding": ((1, 2), (0, 1))}),
+    "circular": ((3, 4), (5, 6), {"strides": (3, 1), "padding": "CIRCULAR"}),
+    "transpose_kernel": ((3, 2), (6, 5), {"strides": (2, 2), "transpose_kernel": True}),
+    "1-D": (4, (30,), {"strides": 3, "use_bias": False}),
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "size", "options"), TRANSPOSED.values(), ids=TRANSPOSED
+)
+def test_transposed_convolution_is_flax_and_predicts(window, size, options):
+    ours, theirs = (
+        cls(5, window, **options) for cls in (kf.ConvTranspose, nn.ConvTranspose)
+    )
+    x = jax.random.normal(KEY, (4_000, *size, 4))
+    variables = theirs.init(KEY, x[:1])
+    chex.assert_trees_all_equal(ours.init(KEY, Signal(x[:1], STATE)), variables)
+    variables = randomized(variables)
+    y = theirs.apply(variables, STATE.mean + jnp.sqrt(STATE.var) * x)
+    np.testing.assert_array_equal(
+        ours.apply(variables, x[:1]), theirs.apply(variables, x[:1])
+    )
+    assert_moments(y, *ours.apply(variables, Signal(x[:1], STATE)).state)
+
+
+@pytest.mark.parametrize("transpose_kernel", [True, False])
+def test_a_kernel_map_of_a_transposed_convolution(transpose_kernel, x):
+    options = {"transpose_kernel": transpose_kernel, "kernel_map": kf.centre_kernel}
+    conv = kf.ConvTranspose(6, (3, 3), use_bias=False, **options)
+    variables = conv.init(KEY, x)
+    inside = conv.apply(variables, jnp.ones_like(x))[:, 1:-1, 1:-1]
+    np.testing.assert_allclose(inside, jnp.zeros_like(inside), atol=1e-5)
+    kernel = conv.bind(variables).used_kernel()
+    assert kernel.shape[-2:] == ((6, 4) if transpose_kernel else (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [(3, (2, 9, 4)), ((3, 2, 3), (2, 4, 5, 3, 4))],
+    ids=["1-D", "3-D"],
+)
+def test_conv_of_other_dimensions(window, shape):
+    x = Signal(jax.random.normal(KEY, shape), STATE)
+    ours, theirs = (cls(6, window, strides=2) for cls in (kf.Conv, nn.Conv))
+    variables = theirs.init(KEY, x.value)
+    out = ours.apply(variables, x)
+    np.testing.assert_array_equal(out.value, theirs.apply(variables, x.value))
+    expected = kf.filter.predict_conv(
+        STATE, variables["params"]["kernel"], shape[1:-1], strides=2
+    )
+    chex.assert_trees_all_close(out.state, expected)
+
+
+@pytest.mark.parametrize("cls", [kf.Conv, kf.ConvTranspose])
+def test_a_mask_is_of_the_kernel_that_predicts(cls, x):
+    mask = np.random.default_rng(0).integers(0, 2, (3, 3, 4, 5))
+    conv, bare = cls(5, (3, 3), mask=mask), cls(5, (3, 3))
+    variables = randomized(conv.init(KEY, x))
+    params = variables["params"]
+    masked = {"params": {**params, "kernel": params["kernel"] * mask}}
+    chex.assert_trees_all_close(
+        conv.apply(variables, Signal(x, STATE)), bare.apply(masked, Signal(x, STATE))
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["Conv", "ConvTranspose", "Dense", "Dropout", "avg_pool", "max_pool"]
+)
+def test_arguments_are_those_of_flax(name):
+    """In its order, with its defaults; ours come last."""
+    ours, theirs = (
+        list(inspect.signature(getattr(lib, name)).parameters.values())
+        for lib in (kf, nn)
+    )
+    own = [p for p in ours if p.name in ("kernel_map", "transition")]
+    assert own == [p for p in ours if p.name not in {q.name for q in theirs}]
+
+    def arguments(parameters):
+        return [
+            (p.name, p.kind, p.default)
+            for p in parameters
+            if p not in own and p.name not in ("parent", "name")
+        ]
+
+    assert arguments(ours) == arguments(theirs)
+    positions = [i for i, p in enumerate(ours) if p.name not in ("parent", "name")]
+    assert [ours[i] for i in positions[len(positions) - len(own) :]] == own
+    call = getattr(kf, name), getattr(nn, name)
+    if inspect.isclass(call[0]):
+        ours, theirs = (list(inspect.signature(c.__call__).parameters) for c in call)
+        assert ours == theirs
+
+
+def test_an_export_of_symbolic_height_and_width():
+    """In inference nobody needs the state, which could not be computed."""
+    network = kf.models.ResNet(num_classes=3, blocks_per_stage=1, width=4)
+    variables = network.init(KEY, jnp.zeros((1, 8, 8, 3)), True)
+    sizes = jax.export.symbolic_shape("4*h, 4*w")
+    exported = jax.export.export(jax.jit(lambda x: network.apply(variables, x, True)))(
+        jax.ShapeDtypeStruct((2, *sizes, 3), jnp.float32)
+    )
+    images = jax.random.normal(KEY, (2, 8, 12, 3))
+    np.testing.assert_allclose(
+        exported.call(images),
+        network.apply(variables, images, True),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_arrays_of_different_ranks_never_meet(use_bias):
+    """As `jax_numpy_rank_promotion` can demand."""
+    with jax.numpy_rank_promotion("raise"):
+        for x, layer in (
+            (jnp.ones((2, 4, 4, 4)), kf.Conv(3, (3, 3), use_bias=use_bias)),
+            (jnp.ones((2, 4, 4, 4)), kf.ConvTranspose(3, (3, 3), use_bias=use_bias)),
+            (jnp.ones((2, 4, 4, 4)), kf.Dense(3, use_bias=use_bias)),
+        ):
+            of_examples = jax.tree.map(lambda s: jnp.stack([s, s]), STATE)
+            for state in STATE, of_examples:
+                layer.init_with_output(KEY, Signal(x, state))
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -206,15 +338,9 @@ def test_unknown_transition_is_refused(layer, x):
         layer.init(KEY, x)
 
 
-@pytest.mark.parametrize("shape, size", [((4, 4), (3, 3)), ((2, 7, 6, 4), (3,))])
-def test_conv_is_two_dimensional(shape, size):
-    with pytest.raises(ValueError, match=r"expected \[..., H, W, C\]"):
-        kf.Conv(3, size).init(KEY, jnp.zeros(shape))
-
-
-def test_paddings_of_other_values_are_refused(x):
-    with pytest.raises(ValueError, match="padding is 'CIRCULAR'; expected one of"):
-        kf.Conv(8, (3, 3), padding="CIRCULAR").init(KEY, x)
+def test_an_input_of_too_few_axes_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 4\).*with 2 axes of the map"):
+        kf.Conv(3, (3, 3)).init(KEY, jnp.zeros((4, 4)))
 
 
 def test_gradient_flows_through_the_transition(x):

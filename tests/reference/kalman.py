@@ -33,43 +33,83 @@ def conv(
     var,
     kernel,
     input_size,
-    strides=(1, 1),
+    strides=1,
     padding="SAME",
-    kernel_dilation=(1, 1),
+    input_dilation=1,
+    kernel_dilation=1,
     feature_group_count=1,
     bias=0.0,
 ):
     """Independent inputs of one mean and variance per channel, ``[C]``, convolved.
 
-    Walks over every tap of every output position.
+    Walks over every tap of every output position, and adds up the weights of the taps
+    that read the same value.
     """
     kernel = np.asarray(kernel, np.float64)
-    *taps, group_channels, features = kernel.shape
+    *taps, channels, features = kernel.shape
+    rank, groups = len(taps), feature_group_count
+    strides, input_dilation, kernel_dilation = (
+        (numbers,) * rank if isinstance(numbers, int) else numbers
+        for numbers in (strides, input_dilation, kernel_dilation)
+    )
+    full = np.zeros((*taps, channels * groups, features))
+    for group in range(groups):
+        rows = slice(group * channels, (group + 1) * channels)
+        columns = slice(group * features // groups, (group + 1) * features // groups)
+        full[..., rows, columns] = kernel[..., columns]
     spans = [(k - 1) * d + 1 for k, d in zip(taps, kernel_dilation)]
-    if padding == "VALID":
-        padding = [(0, 0), (0, 0)]
-    elif padding == "SAME":
-        padding = [_same(n, span, s) for n, span, s in zip(input_size, spans, strides)]
+    lengths = [(n - 1) * d + 1 for n, d in zip(input_size, input_dilation)]
+    pads = [
+        _zeros(padding, *axis) for axis in zip(range(rank), lengths, spans, strides)
+    ]
     outputs = [
         len(range(0, n + sum(pad) - span + 1, s))
-        for n, span, s, pad in zip(input_size, spans, strides, padding)
+        for n, span, s, pad in zip(lengths, spans, strides, pads)
     ]
+
+    def source(axis, place):
+        """The value that a tap reads there, or None for a zero."""
+        size = input_size[axis]
+        if padding == "CIRCULAR":
+            return place % size
+        if padding == "REFLECT":
+            return [*range(size), *range(size - 2, 0, -1)][place % (2 * size - 2)]
+        inside = 0 <= place < lengths[axis] and place % input_dilation[axis] == 0
+        return place // input_dilation[axis] if inside else None
+
     local_mean, local_var = np.zeros((2, *outputs, features))
-    for i, j in np.ndindex(*outputs):
-        for h, w in np.ndindex(*taps):
-            row = i * strides[0] - padding[0][0] + h * kernel_dilation[0]
-            col = j * strides[1] - padding[1][0] + w * kernel_dilation[1]
-            if not (0 <= row < input_size[0] and 0 <= col < input_size[1]):
-                continue
-            for d in range(features):
-                group = d // (features // feature_group_count)
-                for c in range(group_channels):
-                    weight, source = kernel[h, w, c, d], group * group_channels + c
-                    local_mean[i, j, d] += weight * mean[source]
-                    local_var[i, j, d] += weight**2 * var[source]
-    out_mean = local_mean.mean((0, 1))
-    spread = np.square(local_mean - out_mean).mean((0, 1))
-    return out_mean + bias, local_var.mean((0, 1)) + spread
+    for out in np.ndindex(*outputs):
+        weights = {}
+        for tap in np.ndindex(*taps):
+            places = [
+                out[i] * strides[i] - pads[i][0] + tap[i] * kernel_dilation[i]
+                for i in range(rank)
+            ]
+            read = tuple(source(i, place) for i, place in enumerate(places))
+            if None not in read:
+                weights[read] = weights.get(read, 0.0) + full[tap]
+        for weight in weights.values():
+            local_mean[out] += np.asarray(mean) @ weight
+            local_var[out] += np.asarray(var) @ weight**2
+    positions = tuple(range(rank))
+    out_mean = local_mean.mean(positions)
+    spread = np.square(local_mean - out_mean).mean(positions)
+    return out_mean + bias, local_var.mean(positions) + spread
+
+
+def _zeros(padding, axis, size, span, stride):
+    """How many zeros, or other values, are before and after the map."""
+    if padding == "VALID":
+        return 0, 0
+    if padding == "SAME":
+        return _same(size, span, stride)
+    if padding == "CAUSAL":
+        return span - 1, 0
+    if padding in ("CIRCULAR", "REFLECT"):
+        return (span - 1) // 2, span // 2
+    if isinstance(padding, int):
+        return padding, padding
+    return padding[axis]
 
 
 def _same(size, span, stride):
@@ -112,12 +152,16 @@ def pointwise(mean, var, fn):
     return out_mean, np.square(values - out_mean[..., None]) @ weights
 
 
-def avg_pool(mean, var, size, correlation):
-    """The mean of `size` values, any two of which correlate."""
-    covariance = 0.0
-    for i, j in np.ndindex(size, size):
-        covariance += var if i == j else correlation * var
-    return mean, covariance / size**2
+def avg_pool(mean, var, window, input_size, strides, padding, count_include_pad):
+    """Averages of neighbours that are all alike: 1-D."""
+    before, after = _zeros(padding, 0, input_size, window, strides)
+    local_mean, local_var = [], []
+    for first in range(-before, input_size + after - window + 1, strides):
+        read = [i for i in range(first, first + window) if 0 <= i < input_size]
+        share = len(read) / (window if count_include_pad else len(read))
+        local_mean.append(share * mean)
+        local_var.append(share**2 * var)
+    return np.mean(local_mean, 0), np.mean(local_var, 0) + np.var(local_mean, 0)
 
 
 def update(predicted, observed, gain, rule):

@@ -56,9 +56,7 @@ class BorderlessConv(Conv):
         y = super().__call__(x)
         if y.state is None:
             return y
-        kernel = self.get_variable("params", "kernel")
-        if self.kernel_map is not None:
-            kernel = self.kernel_map(kernel)
+        kernel = self.used_kernel()
         # A VALID convolution of a map of the kernel's own size has no border.
         state = predict_conv(x.state, kernel, kernel.shape[:2], padding="VALID")
         return y.replace(state=state)
