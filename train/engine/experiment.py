@@ -75,7 +75,9 @@ def build(
         FileNotFoundError: the data set is not there.
     """
     mesh = make_mesh(check(config), devices)
-    dataset = load_dataset(config.dataset, data_dir, config.image_size)
+    dataset = load_dataset(
+        config.dataset, data_dir, config.image_size, config.max_pixels
+    )
     train = dataset.train.take(config.train_examples)
     steps_per_epoch = train.examples // config.batch_size
     if not steps_per_epoch:

@@ -25,6 +25,7 @@ _AT_LEAST = {
     "blocks_per_stage": 1,
     "width": 1,
     "image_size": 1,
+    "max_pixels": 1,
     "train_examples": 0,
     "test_examples": 0,
     "crop_padding": 0,
