@@ -94,6 +94,8 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def compare(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns in what two fingerprints differ, in words; empty if in nothing."""
+    if _form(kept) != _form(now):
+        return ["its description is damaged or of another version"]
     found = [
         f"{what} was {kept.get(key)!r}, is {now[key]!r}"
         for key, what in (("dataset", "the data set"), ("version", "its version"))
@@ -111,6 +113,15 @@ def compare(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if not _close(old := kept["standardize"][key], new)
         ]
     return found
+
+
+def _form(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that every fingerprint has."""
+    optional = ("by_class", "sha256")
+    return {
+        key: sorted(value.keys() - optional) if isinstance(value, Mapping) else None
+        for key, value in described.items()
+    }
 
 
 def _classes(kept: Sequence[str], now: Sequence[str]) -> list[str]:

@@ -225,11 +225,8 @@ class _Split:
 
 
 def _is_unread(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return bool(unread_format(file.read(32)))
-    except OSError:  # what may not be read and is no image by name
-        return False
+    with open(path, "rb") as file:
+        return bool(unread_format(file.read(32)))
 
 
 def _check_classes(train: _Split, test: _Split) -> None:

@@ -95,8 +95,8 @@ def _why_unknown(file: BinaryIO | pathlib.Path) -> str:
     if not head:
         return "the file is empty."
     kind = unread_format(head)
-    found = f"it is {kind}, which is not read" if kind else "it is none, or damaged"
-    return f"expected one of {', '.join(FORMATS)}; {found}. Save it as PNG or JPEG."
+    found = f"{kind}, which is not read" if kind else "none, or damaged, or rare"
+    return f"expected one of {', '.join(FORMATS)}; it is {found}. Save it as PNG."
 
 
 def unread_format(head: bytes) -> str:
@@ -188,9 +188,15 @@ def check_header(path: pathlib.Path, max_pixels: int) -> bool:
 
 
 def is_image(path: pathlib.Path) -> bool:
-    """Whether a file starts as one of `FORMATS` does."""
+    """Whether a file starts as one of `FORMATS` does.
+
+    Raises:
+        PermissionError: nobody may look.
+    """
     try:
         Image.open(path, formats=FORMATS).close()
+    except PermissionError:
+        raise
     except Exception:  # of Pillow, by format
         return False
     return True

@@ -1,18 +1,11 @@
 """Cropping and decoding images that stay on disk."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.data.pictures import encoded
 from train.data.encoded import Encoded, centre_box, decode, random_box
-
-
-def encoded(image, kind="png", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def ramp(width, height):
