@@ -7,6 +7,7 @@ as is every image whose black and white are not known.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import struct
 from typing import BinaryIO
@@ -138,6 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: floats outside of 0 to 1.
         Exception: what Pillow has for damaged files, of many types.
     """
+    image.load()
     if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in _WIDE:
@@ -171,20 +173,42 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(level.astype(np.uint8))
 
 
-def check_header(path: pathlib.Path, max_pixels: int) -> bool:
+def check_file(path: pathlib.Path, max_pixels: int) -> bool:
     """Returns whether an image file holds more than one image, of which we take the
     first.
 
-    Reads no pixels but those of floats, whose range the header does not tell.
+    Reads the header and looks for the mark of the end, which a file cut short lacks.
+    Decodes only where there is no mark.
 
     Raises:
         ValueError, OSError: see `open_image`.
         Exception: what Pillow has for damaged files, of many types.
     """
-    with open_image(path, max_pixels) as image:
-        if image.mode == "F":
+    with path.open("rb") as file, open_image(file, max_pixels) as image:
+        end = _ENDS.get(image.format)
+        if end is None or (end and not _ends_with(file, end)):
             to_rgb(image)
         return bool(getattr(image, "is_animated", False))
+
+
+#: marks by format; empty for those that Pillow reads as a whole when it opens them
+_ENDS = {
+    "JPEG": b"\xff\xd9",
+    "MPO": b"\xff\xd9",
+    "JPEG2000": b"\xff\xd9",
+    "PNG": b"IEND\xaeB`\x82",
+    "GIF": b";",
+    "WEBP": b"",
+    "AVIF": b"",
+}
+
+
+def _ends_with(file: BinaryIO, end: bytes) -> bool:
+    place = file.tell()  # which Pillow goes on from
+    file.seek(-len(end), os.SEEK_END)
+    found = file.read()
+    file.seek(place)
+    return found == end
 
 
 def is_image(path: pathlib.Path) -> bool:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.train.data.pictures import PICTURE, PNG, encoded, put
+from train.data.check import check_images
 from train.data.folders import scan
-from train.data.headers import check_headers
 from train.data.sets import load_dataset
 
 
@@ -97,7 +97,7 @@ def test_content_says_what_an_image_is(root, name, kind):
     images, labels = data.train.read(np.array([at]))
     np.testing.assert_allclose(images[0, 2, 2], (200, 100, 50), atol=4)
     assert labels == 0
-    check_headers(data)
+    check_images(data)
 
 
 def test_images_in_folders_within_a_class(root):
@@ -216,14 +216,14 @@ def test_missing_folders_are_shown_what_is_there(root):
     refused(root / "nowhere", "found nothing", FileNotFoundError)
 
 
-def test_headers_are_checked_at_once(root):
+def test_files_are_checked_at_once(root):
     for i in range(13):
         put(root / "val" / "cat" / f"bad{i:02}.jpg", b"no image")
     put(root / "train" / "dog" / "empty.png", b"")
     put(root / "train" / "dog" / "cut.png", PNG[:20])
     data = load_dataset("folder", str(root))
     with pytest.raises(ValueError, match=r"^15 of 21 image files cannot") as error:
-        check_headers(data)
+        check_images(data)
     lines = str(error.value).splitlines()
     assert len(lines) == 12 and lines[-1] == "  and 5 more"
     assert "train/dog/cut.png: Truncated File" in lines[1]
@@ -231,7 +231,7 @@ def test_headers_are_checked_at_once(root):
     assert "val/cat/bad00.jpg: expected one of" in lines[3]
     small = load_dataset("folder", str(root), max_pixels=47)
     with pytest.raises(ValueError, match=r"21 of 21 .*\n.* 8 x 6 is 48 pixels"):
-        check_headers(small)
+        check_images(small)
 
 
 def test_files_that_may_not_be_read(root, monkeypatch):
@@ -243,21 +243,21 @@ def test_files_that_may_not_be_read(root, monkeypatch):
     refused(root, "Permission denied: .*train/cat/nameless", PermissionError)
     (root / "train" / "cat" / "nameless").unlink()
     with pytest.raises(ValueError, match=r"val/cat/9.png: .*Permission denied"):
-        check_headers(load_dataset("folder", str(root)))
+        check_images(load_dataset("folder", str(root)))
 
 
-def test_only_headers_that_changed_are_read_again(root, monkeypatch):
+def test_only_files_that_changed_are_read_again(root, monkeypatch):
     opened = []
 
     def check(path, max_pixels):
         opened.append(str(path.relative_to(root)))
         return False
 
-    monkeypatch.setattr("train.data.headers.check_header", check)
+    monkeypatch.setattr("train.data.check.check_file", check)
 
     def run(known, **options):
         opened.clear()
-        return check_headers(load_dataset("folder", str(root), **options), known)
+        return check_images(load_dataset("folder", str(root), **options), known)
 
     known = run(None)
     assert sorted(known) == ["train/cat", "train/dog", "val/cat", "val/dog"]
@@ -275,12 +275,12 @@ def test_only_headers_that_changed_are_read_again(root, monkeypatch):
     assert run(changed) == changed and not opened
     run(changed, max_pixels=100)
     assert len(opened) == 7
-    assert check_headers(load_dataset("digits")) == {}
+    assert check_images(load_dataset("digits")) == {}
 
 
 def test_several_images_in_a_file_are_said(root, capfd):
     frames = [PICTURE, Image.new("RGB", (8, 6))]
     data = encoded(frames[0], "gif", save_all=True, append_images=frames[1:])
     put(root / "train" / "cat" / "film.gif", data)
-    check_headers(load_dataset("folder", str(root)))
+    check_images(load_dataset("folder", str(root)))
     assert "1 files hold several images each, of which" in "".join(capfd.readouterr())

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.train.data.pictures import encoded
 from train.data.encoded import Encoded, decode
-from train.data.pixels import FORMATS, MAX_PIXELS, check_header, open_image, to_rgb
+from train.data.pixels import FORMATS, MAX_PIXELS, check_file, open_image, to_rgb
 
 #: a grey ramp, 16 pixels wide, and a colour picture whose corners differ
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (12, 1))
@@ -119,7 +119,7 @@ def test_floats_beyond_0_to_1_are_refused(worst, tmp_path):
     refused(data, "floats from .*; expected 0, for black, to 1")
     (tmp_path / "x.tif").write_bytes(data)
     with pytest.raises(ValueError, match="floats"):
-        check_header(tmp_path / "x.tif", MAX_PIXELS)
+        check_file(tmp_path / "x.tif", MAX_PIXELS)
 
 
 # What each number asks a viewer to do, in NumPy's words.
@@ -233,9 +233,9 @@ def test_of_several_images_the_first(kind, tmp_path):
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     np.testing.assert_allclose(pixels(data)[0, 0], [255, 0, 0], atol=3)
     (tmp_path / "several").write_bytes(data)
-    assert check_header(tmp_path / "several", MAX_PIXELS) is True
+    assert check_file(tmp_path / "several", MAX_PIXELS) is True
     (tmp_path / "one").write_bytes(encoded(frames[0], kind))
-    assert check_header(tmp_path / "one", MAX_PIXELS) is False
+    assert check_file(tmp_path / "one", MAX_PIXELS) is False
 
 
 def test_every_format_of_the_list_is_read():
@@ -264,7 +264,7 @@ def test_other_formats_are_refused(data, match, tmp_path):
     refused(data, match)
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=match):
-        check_header(tmp_path / "x.jpg", MAX_PIXELS)
+        check_file(tmp_path / "x.jpg", MAX_PIXELS)
 
 
 def test_the_limit_of_pixels_comes_before_decoding(monkeypatch):
@@ -280,10 +280,20 @@ def test_the_limit_of_pixels_comes_before_decoding(monkeypatch):
         split.read(np.arange(1))
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "tiff", "bmp"])
-def test_truncated_files_are_refused_by_name(kind):
+@pytest.mark.parametrize(
+    "kind", ["jpeg", "png", "gif", "webp", "tiff", "bmp", "ppm", "jpeg2000"]
+)
+def test_truncated_files_are_refused_by_name(kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), kind)
-    split = Encoded([(data[: len(data) // 2], 0, "dir/cut")], 8, 1)
+    cut = data[: len(data) // 2]
+    split = Encoded([(cut, 0, "dir/cut")], 8, 1)
     with pytest.raises(ValueError, match="image dir/cut cannot be decoded"):
         split.read(np.arange(1))
+    path = tmp_path / "file"
+    for content in (data, data + b"more"):
+        path.write_bytes(content)
+        assert check_file(path, MAX_PIXELS) is False
+    path.write_bytes(cut)
+    with pytest.raises((ValueError, OSError)):
+        check_file(path, MAX_PIXELS)

@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from train.data.encoded import Encoded
 from train.data.folders import SHOWN, Files, Found
-from train.data.pixels import check_header
+from train.data.pixels import check_file
 from train.data.sets import Dataset
 
 #: of threads, most of which wait for the disk
 THREADS = min(32, 4 * (os.cpu_count() or 1))
 
 
-def check_headers(
+def check_images(
     dataset: Dataset, checked: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Opens all image files of both splits and reads their headers, but no pixels.
+    """Opens all image files of both splits; reads headers and ends, but few pixels.
 
     Shows a progress bar when it takes longer than a second. Sets that are no folders of
     images have nothing to look at.
@@ -39,8 +39,9 @@ def check_headers(
         By split and class a hash of the paths, sizes and times of change of its files.
 
     Raises:
-        ValueError: files that are no images, too large, or of a kind whose colours are
-            not known; the message has the first of them, and how many there are.
+        ValueError: files that are no images, cut short, too large, or of a kind whose
+            colours are not known; the message has the first of them, and how many there
+            are.
     """
     digests: dict[str, str] = {}
     unknown: list[pathlib.Path] = []
@@ -81,7 +82,7 @@ def _check(paths: Sequence[pathlib.Path], max_pixels: int) -> None:
         ThreadPoolExecutor(THREADS) as threads,
         tqdm(
             total=len(paths),
-            desc="image headers",
+            desc="image files",
             unit="file",
             delay=1.0,
             disable=not main,
@@ -108,6 +109,6 @@ def _check(paths: Sequence[pathlib.Path], max_pixels: int) -> None:
 def _look(path: pathlib.Path, max_pixels: int) -> bool | str:
     """Returns whether a file holds several images, or what is wrong with it."""
     try:
-        return check_header(path, max_pixels)
+        return check_file(path, max_pixels)
     except Exception as error:  # of Pillow, by format, and of the file system
         return str(error) or type(error).__name__
