@@ -200,7 +200,7 @@ class _Split:
                 yield inner, entry
 
     def summary(self, classes: Sequence[str]) -> str:
-        """One line of what was taken, and one of what was ignored."""
+        """A line of what was taken, and one of what was ignored."""
         counts = {name: len(self.by_class.get(name, ())) for name in classes}
         if len(counts) <= SHOWN:
             each = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -215,13 +215,17 @@ class _Split:
                 f"{self.root}: NO images of {_list(empty)}; accuracy does not say how"
                 " well they are told"
             )
-        if self.ignored:
-            parts = [
-                f"{len(names):,} {reason} ({_list(_kinds(names), 3)})"
-                for reason, names in sorted(self.ignored.items())
-            ]
-            lines.append(f"{self.root}: ignored {'; '.join(parts)}")
-        return "\n".join(lines)
+        return "\n".join(lines) + self.not_taken()
+
+    def not_taken(self) -> str:
+        """A line of what was ignored, or ""."""
+        if not self.ignored:
+            return ""
+        parts = [
+            f"{len(names):,} {reason} ({_list(_kinds(names), 3)})"
+            for reason, names in sorted(self.ignored.items())
+        ]
+        return f"\n{self.root}: ignored {'; '.join(parts)}"
 
 
 def _is_unread(path: str) -> bool:
@@ -264,13 +268,13 @@ def _check_classes(train: _Split, test: _Split) -> None:
         if not any(split.by_class.values()):
             raise FileNotFoundError(
                 f"no images in the folders of {split.root}; expected files of JPEG,"
-                f" PNG or the like.\n{split.summary(sorted(split.by_class))}"
+                f" PNG or the like.{split.not_taken()}"
             )
     _refuse(
         train.root,
         [name for name, files in train.by_class.items() if not files],
         "classes without images",
-        train.summary(sorted(train.by_class)),
+        train.not_taken(),
     )
     if len(train.by_class) == 1:
         raise ValueError(
@@ -283,7 +287,6 @@ def _refuse(
     root: pathlib.Path, names: Sequence[str], what: str, more: str = ""
 ) -> None:
     if names:
-        more = f"\n{more}" if more else ""
         raise ValueError(f"{what} in {root}: {_list(sorted(names))}.{more}")
 
 
