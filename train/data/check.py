@@ -18,6 +18,8 @@ from train.data.folders import SHOWN, Files, Found
 from train.data.pixels import check_file
 from train.data.sets import Dataset
 
+#: files that a thread opens at a time
+PIECE = 64
 #: of threads, most of which wait for the disk
 THREADS = min(32, 4 * (os.cpu_count() or 1))
 
@@ -89,11 +91,11 @@ def _check(paths: Sequence[pathlib.Path], max_pixels: int) -> None:
         ) as bar,
     ):
         look = functools.partial(_look, max_pixels=max_pixels)
-        for path, found in zip(paths, threads.map(look, paths)):
-            bar.update()
-            several += found is True
-            if isinstance(found, str):
-                bad.append(f"{path}: {found}")
+        pieces = [paths[i : i + PIECE] for i in range(0, len(paths), PIECE)]
+        for piece, found in zip(pieces, threads.map(look, pieces)):
+            bar.update(len(piece))
+            several += found.count(True)
+            bad += [f"{p}: {f}" for p, f in zip(piece, found) if isinstance(f, str)]
     if bad:
         more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
         raise ValueError(
@@ -106,9 +108,12 @@ def _check(paths: Sequence[pathlib.Path], max_pixels: int) -> None:
         )
 
 
-def _look(path: pathlib.Path, max_pixels: int) -> bool | str:
-    """Returns whether a file holds several images, or what is wrong with it."""
-    try:
-        return check_file(path, max_pixels)
-    except Exception as error:  # of Pillow, by format, and of the file system
-        return str(error) or type(error).__name__
+def _look(paths: Sequence[pathlib.Path], max_pixels: int) -> list[bool | str]:
+    """Returns of each file whether it holds several images, or what is wrong with it."""
+    found: list[bool | str] = []
+    for path in paths:
+        try:
+            found.append(check_file(path, max_pixels))
+        except Exception as error:  # of Pillow, by format, and of the file system
+            found.append(str(error) or type(error).__name__)
+    return found
