@@ -14,7 +14,8 @@ import PIL
 from tqdm import tqdm
 
 from train.data.encoded import Encoded
-from train.data.folders import SHOWN, Files, Found
+from train.data.files import Files, Found
+from train.data.folders import SHOWN
 from train.data.pixels import check_file
 from train.data.sets import Dataset
 
@@ -109,7 +110,7 @@ def _check(paths: Sequence[pathlib.Path], max_pixels: int) -> None:
 
 
 def _look(paths: Sequence[pathlib.Path], max_pixels: int) -> list[bool | str]:
-    """Returns of each file whether it holds several images, or what is wrong with it."""
+    """Returns of each file whether it holds several images, or what is wrong."""
     found: list[bool | str] = []
     for path in paths:
         try:

@@ -10,7 +10,8 @@ import numpy as np
 
 from train.data.batches import Split, Standardize
 from train.data.encoded import Encoded
-from train.data.folders import SHOWN, Files
+from train.data.files import Files
+from train.data.folders import SHOWN
 from train.data.sets import Dataset
 
 #: that statistics may differ by and still be of the same images, on another machine

@@ -12,8 +12,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from train.data.files import Files, Found
 from train.data.names import (
     IMAGES,
     RAW,
@@ -30,52 +29,6 @@ TEST_FOLDERS = ("val", "validation", "test")
 #: names that a message shows
 SHOWN = 10
 _HIDDEN = "hidden or a tool's"
-
-
-class Found(NamedTuple):
-    """An image file.
-
-    Attributes:
-        path: within the split, with "/".
-        size: in bytes.
-        changed: when, in nanoseconds.
-    """
-
-    path: str
-    size: int
-    changed: int
-
-
-class Files(Sequence):
-    """The image files of a split: for each its bytes, its label and its path.
-
-    Attributes:
-        root: the folder of the split.
-        found: the files, in the order in which they are numbered.
-        labels: ``[N]`` int32.
-    """
-
-    def __init__(self, root: pathlib.Path, by_class: dict[str, list[Found]]):
-        found = [file for files in by_class.values() for file in files]
-        labels = np.repeat(np.arange(len(by_class)), [*map(len, by_class.values())])
-        # The first so many examples, and micro-batches of the test split, are to be of
-        # all classes, as in sets of TFDS.
-        order = np.random.default_rng(0).permutation(len(found))
-        self.root = root
-        self.found = [found[i] for i in order]
-        self.labels = labels[order].astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
-        path = self.path(example)
-        with open(path, "rb") as file:
-            return file.read(), int(self.labels[example]), path
-
-    def path(self, example: int) -> str:
-        """Returns where the file is."""
-        return f"{self.root}/{self.found[example].path}"
 
 
 class Folder(NamedTuple):
@@ -124,11 +77,13 @@ class _Split:
     Attributes:
         by_class: sorted by class and path.
         ignored: names by reason.
+        places: names of classes by the folder that they stand for.
     """
 
     def __init__(self, root: pathlib.Path):
         self.root = root
         self.ignored = collections.defaultdict[str, list[str]](list)
+        self.places: dict[str, str] = {}
         self._missing: list[str] = []
         self._unread: list[str] = []
         self.by_class = {
@@ -148,14 +103,13 @@ class _Split:
         )
 
     def _class_folders(self) -> Iterator[os.DirEntry]:
-        names: dict[str, str] = {}  # by the folder that they stand for
         for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 self.ignored[_HIDDEN].append(entry.name)
             elif not entry.is_dir():
                 self.ignored["in no class's folder"].append(entry.name)
             else:
-                first = names.setdefault(os.path.realpath(entry.path), entry.name)
+                first = self.places.setdefault(os.path.realpath(entry.path), entry.name)
                 if first != entry.name:
                     raise ValueError(
                         f"the classes {first!r} and {entry.name!r} of {self.root} are"
@@ -252,6 +206,11 @@ def _check_classes(train: _Split, test: _Split) -> None:
             "classes whose names differ in case, spaces or the form of their letters"
             " alone",
         )
+    _refuse(
+        test.root,
+        [test.places[place] for place in test.places.keys() & train.places.keys()],
+        f"classes whose folders are those of {train.root}, by a link,",
+    )
     known = {plain(name): name for name in train.by_class}
     new = sorted(test.by_class.keys() - train.by_class.keys())
     if new:

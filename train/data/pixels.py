@@ -13,7 +13,8 @@ import struct
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.Image import Transpose
 
 #: Pillow's own limit; what a config says counts instead, see `open_image`
 MAX_PIXELS = 89_478_485
@@ -111,6 +112,18 @@ def unread_format(head: bytes) -> str:
     return ""
 
 
+# by EXIF's number; 1 is as it is
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
 def orientation(image: Image.Image) -> int:
     """Returns how an image that was just opened is to be turned, as EXIF counts: 1 for
     not at all, 5 to 8 swap width and height."""
@@ -119,10 +132,10 @@ def orientation(image: Image.Image) -> int:
         return 1
     # EXIF that is damaged says nothing, and the image is as good as without.
     with contextlib.suppress(
-        SyntaxError, struct.error, ValueError, KeyError, TypeError, EOFError
+        SyntaxError, struct.error, ValueError, LookupError, TypeError, EOFError
     ):
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return found if found in range(1, 9) else 1
+        return found if found in _TURNS else 1
     return 1
 
 
@@ -140,8 +153,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         Exception: what Pillow has for damaged files, of many types.
     """
     image.load()
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (turn := orientation(image)) != 1:
+        image = image.transpose(_TURNS[turn])
     if image.mode in _WIDE:
         image = _eight_bits(image)
     if image.has_transparency_data:

@@ -93,7 +93,7 @@ def load_dataset(
     if name == "digits":
         return _digits()
     if name == "folder":
-        if data_dir is None:
+        if not data_dir:
             raise ValueError(
                 "dataset is 'folder'; pass --data_dir=DIR, with images in"
                 " DIR/train/CLASS/ and DIR/val/CLASS/."

@@ -1,6 +1,7 @@
 """Folders of images: what is taken, what is ignored and said, what is refused."""
 
 import os
+import shutil
 import socket
 import unicodedata
 
@@ -155,6 +156,10 @@ def test_links_are_followed(root, tmp_path_factory):
 def test_one_folder_is_not_two_classes(root):
     (root / "train" / "zebra").symlink_to("cat")
     refused(root, "'cat' and 'zebra' of .*train are one and the same folder")
+    (root / "train" / "zebra").unlink()
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to("train")
+    refused(root, "are those of .*train, by a link, in .*val: cat, dog")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
