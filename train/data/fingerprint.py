@@ -116,13 +116,12 @@ def compare(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _form(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that every fingerprint has."""
-    optional = ("by_class", "sha256")
-    return {
-        key: sorted(value.keys() - optional) if isinstance(value, Mapping) else None
-        for key, value in described.items()
-    }
+def _form(described: Any) -> Any:
+    """The keys that every fingerprint has, and the types of their values."""
+    if not isinstance(described, Mapping):
+        return type(described)
+    always = described.keys() - {"by_class", "sha256"}
+    return {key: _form(described[key]) for key in always}
 
 
 def _classes(kept: Sequence[str], now: Sequence[str]) -> list[str]:
