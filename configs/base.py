@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     # Images on disk: random crops of 8 to 100 % of the area, resized, to train; of the
     # shorter side resized to 256/224 of this the centre, to test.
     config.image_size = 224
+    config.max_pixels = 89_478_485  # larger images are refused; Pillow's own limit
     config.data_workers = 0  # processes that decode them; 0: threads, one a core
     # Images in memory:
     config.crop_padding = 0  # random crops after padding by so many pixels

@@ -22,6 +22,21 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
 IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 
 
+def first(asked: int, examples: int) -> int:
+    """Returns how many examples a split of so many has left when `asked` are taken; all
+    of them for 0.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not 0 <= asked <= examples:
+        raise ValueError(
+            f"asked for the first {asked:,} of {examples:,} images; expected"
+            " train_examples and test_examples of at most what there is, or 0 for all."
+        )
+    return asked or examples
+
+
 class Split(NamedTuple):
     """Images ``[N, H, W, C]`` uint8 and labels ``[N]`` int32, in memory."""
 
@@ -39,8 +54,12 @@ class Split(NamedTuple):
         return self.images.shape[1:]
 
     def take(self, examples: int) -> Split:
-        """Returns the first so many examples; all of them for 0."""
-        return Split(*(a[: examples or None] for a in self))
+        """Returns the first so many examples; all of them for 0.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        return Split(*(a[: first(examples, self.examples)] for a in self))
 
     def read(self, index: np.ndarray) -> Split:
         """Returns the examples `index`."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from train.data.batches import Split
+from train.data.batches import Split, first
+from train.data.pixels import MAX_PIXELS, open_image, orientation, to_rgb
 
 #: left, top, right and bottom, in pixels
 Box = tuple[float, float, float, float]
@@ -27,11 +28,13 @@ class Encoded:
         source: for each example its encoded image, its label, and what to call it.
         image_size: height and width that images are cropped and resized to.
         examples: how many of the source to use, the first.
+        max_pixels: larger images are refused before they are decoded.
     """
 
     source: Sequence[tuple[bytes, int, str]]
     image_size: int
     examples: int
+    max_pixels: int = MAX_PIXELS
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -39,9 +42,12 @@ class Encoded:
         return (self.image_size, self.image_size, 3)
 
     def take(self, examples: int) -> Encoded:
-        """Returns the first so many examples; all of them for 0."""
-        fewer = min(examples or self.examples, self.examples)
-        return dataclasses.replace(self, examples=fewer)
+        """Returns the first so many examples; all of them for 0.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        return dataclasses.replace(self, examples=first(examples, self.examples))
 
     def read(self, index: np.ndarray, key: tuple[int, ...] | None = None) -> Split:
         """Returns the examples `index`.
@@ -62,7 +68,7 @@ class Encoded:
             if key is not None:
                 box = random_box(np.random.default_rng((*key, example)))
             try:
-                images[row] = decode(data, box, self.image_size)
+                images[row] = decode(data, box, self.image_size, self.max_pixels)
             except Exception as error:  # Pillow has many, by format
                 raise ValueError(f"image {name} cannot be decoded: {error}") from error
         return Split(images, labels)
@@ -98,25 +104,38 @@ def random_box(random: np.random.Generator) -> Callable[[int, int], Box]:
     return box
 
 
-def decode(data: bytes, box: Callable[[int, int], Box], size: int) -> np.ndarray:
+def decode(
+    data: bytes,
+    box: Callable[[int, int], Box],
+    size: int,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
     """Decodes an image, cuts out a box of it and resizes that, antialiased.
 
     Args:
-        data: JPEG, PNG or what else PIL reads.
-        box: from width and height to what to cut out.
+        data: of a format of `train.data.pixels.FORMATS`.
+        box: from width and height, of the image as it is to be seen, to what to cut
+            out.
         size: height and width of the result.
+        max_pixels: see `open_image`.
 
     Returns:
         ``[size, size, 3]`` uint8.
+
+    Raises:
+        ValueError: see `open_image` and `to_rgb`.
+        Exception: what Pillow has for damaged files, of many types.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
+    with open_image(io.BytesIO(data), max_pixels) as image:
+        turn = slice(None, None, -1 if orientation(image) >= 5 else 1)
+        full = image.width
+        width, height = image.size[turn]
         left, top, right, bottom = box(width, height)
         # A large JPEG is decoded at 1/2, 1/4 or 1/8 where the box keeps enough pixels.
         enough = width * size / (right - left), height * size / (bottom - top)
-        image.draft(None, (math.ceil(enough[0]), math.ceil(enough[1])))
-        shrunk = round(width / image.width)
-        image = image.convert("RGB").resize(
+        image.draft(None, tuple(map(math.ceil, enough[turn])))
+        shrunk = round(full / image.width)
+        image = to_rgb(image).resize(
             (size, size),
             Image.Resampling.BILINEAR,
             box=(left / shrunk, top / shrunk, right / shrunk, bottom / shrunk),

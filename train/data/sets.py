@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from kalman_flax._filter.state import check_choice
 from train.data.batches import Split
 from train.data.encoded import Encoded
+from train.data.folders import scan
+from train.data.pixels import MAX_PIXELS
 
 
 class Dataset(NamedTuple):
@@ -21,6 +25,7 @@ class Dataset(NamedTuple):
     Attributes:
         classes: their names, by label.
         test_name: what the set itself calls its test split.
+        version: of a set of TFDS.
     """
 
     train: Split | Encoded
@@ -28,6 +33,7 @@ class Dataset(NamedTuple):
     num_classes: int
     classes: tuple[str, ...] = ()
     test_name: str = "test"
+    version: str = ""
 
 
 class _Known(NamedTuple):
@@ -61,12 +67,12 @@ _TFDS = {
 _DIGITS = (1_500, 297)  # images to train and to test
 DATASETS = ("digits", *_TFDS, "folder")
 
-_TEST_FOLDERS = ("val", "validation", "test")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
-
 
 def load_dataset(
-    name: str, data_dir: str | None = None, image_size: int = 224
+    name: str,
+    data_dir: str | None = None,
+    image_size: int = 224,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Loads a data set by name.
 
@@ -77,6 +83,7 @@ def load_dataset(
             the environment's TFDS_DATA_DIR.
         image_size: height and width of the images of ``"imagenet2012"`` and
             ``"folder"``, which stay on disk; other sets come as they are.
+        max_pixels: of these, more than which an image may not have.
 
     Raises:
         ValueError: unknown name, or data of another form than expected.
@@ -86,12 +93,12 @@ def load_dataset(
     if name == "digits":
         return _digits()
     if name == "folder":
-        if data_dir is None:
+        if not data_dir:
             raise ValueError(
                 "dataset is 'folder'; pass --data_dir=DIR, with images in"
                 " DIR/train/CLASS/ and DIR/val/CLASS/."
             )
-        return _folder(pathlib.Path(data_dir).expanduser(), image_size)
+        return _folder(pathlib.Path(data_dir).expanduser(), image_size, max_pixels)
     data_dir = _tfds_dir(data_dir)
     known = _TFDS[name]
     if known.in_memory:
@@ -99,11 +106,12 @@ def load_dataset(
     train = _Records(name, known.train, data_dir)
     test = _Records(name, known.test, data_dir)
     return Dataset(
-        Encoded(train, image_size, len(train)),
-        Encoded(test, image_size, len(test)),
+        Encoded(train, image_size, len(train), max_pixels),
+        Encoded(test, image_size, len(test), max_pixels),
         known.num_classes,
         test.classes,
         known.test,
+        train.version,
     )
 
 
@@ -155,11 +163,29 @@ def _read(name: str, data_dir: str) -> Dataset:
         for i in range(len(source)):
             example = source[i]
             images[i], labels[i] = example["image"], example["label"]
+        _check_labels(name, labels, known.num_classes)
         return Split(images, labels)
 
     known = _TFDS[name]
     train, test = (_open(name, split, data_dir) for split in (known.train, known.test))
-    return Dataset(read(train), read(test), known.num_classes, _classes(test))
+    return Dataset(
+        read(train),
+        read(test),
+        known.num_classes,
+        _classes(test),
+        version=_version(test),
+    )
+
+
+def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
+    """Refuses a split without images, and labels that none of the classes has."""
+    if not len(labels):
+        raise ValueError(f"a split of {name} has no images; prepare it again.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels of {name} run from {labels.min()} to {labels.max()}; expected 0"
+            f" to {num_classes - 1}."
+        )
 
 
 def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
@@ -181,6 +207,10 @@ def _open(name: str, split: str, data_dir: str, **options: Any) -> Any:
 def _classes(source: Any) -> tuple[str, ...]:
     """The names of the classes, which TFDS keeps beside the images."""
     return tuple(source.dataset_info.features["label"].names)
+
+
+def _version(source: Any) -> str:
+    return str(source.dataset_info.version)
 
 
 def _check_folder(name: str, data_dir: str) -> None:
@@ -208,67 +238,36 @@ class _Records(Sequence):
         skip = {"image": tfds.decode.SkipDecoding()}
         self._source = _open(name, split, data_dir, decoders=skip)
         self.classes = _classes(self._source)
+        self.version = _version(self._source)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, example: int) -> tuple[bytes, int, str]:
         found = self._source[example]
-        return found["image"], found["label"], found["file_name"].decode()
-
-
-def _folder(root: pathlib.Path, image_size: int) -> Dataset:
-    """Images in folders by class; the classes are numbered by name."""
-    train = root / "train"
-    test = next((root / n for n in _TEST_FOLDERS if (root / n).is_dir()), None)
-    if not train.is_dir() or test is None:
-        raise FileNotFoundError(
-            f"expected the folders train and {', '.join(_TEST_FOLDERS[:-1])} or"
-            f" {_TEST_FOLDERS[-1]} in {root}, with images in train/CLASS/."
-        )
-    classes = _class_folders(train)
-    if new := sorted(set(_class_folders(test)) - set(classes)):
-        raise ValueError(
-            f"classes in {test} that are not in {train}: {', '.join(new)}."
-        )
-    found = [_Files(split, classes) for split in (train, test)]
-    train_split, test_split = (Encoded(f, image_size, len(f)) for f in found)
-    return Dataset(train_split, test_split, len(classes), tuple(classes), test.name)
-
-
-def _class_folders(split: pathlib.Path) -> list[str]:
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
-    if not classes:
-        raise FileNotFoundError(
-            f"no folders in {split}; expected one for each class, with its images."
-        )
-    return classes
-
-
-class _Files(Sequence):
-    """The image files in the class folders of a split, their labels and names."""
-
-    def __init__(self, split: pathlib.Path, classes: list[str]):
-        files = [
-            (f"{split}/{name}/{file}", label)
-            for label, name in enumerate(classes)
-            if (split / name).is_dir()
-            for file in sorted(os.listdir(split / name))
-            if file.lower().endswith(_SUFFIXES)
-        ]
-        if not files:
-            raise FileNotFoundError(
-                f"no images in the folders of {split}; expected names that end in"
-                f" {', '.join(_SUFFIXES)}."
+        label, name = found["label"], found["file_name"].decode()
+        if not 0 <= label < len(self.classes):
+            raise ValueError(
+                f"the label of {name} is {label}; expected 0 to"
+                f" {len(self.classes) - 1}."
             )
-        # The first so many examples, and micro-batches of the test split, are to be of
-        # all classes, as in sets of TFDS.
-        order = np.random.default_rng(0).permutation(len(files))
-        self._files = [files[i] for i in order]
+        return found["image"], label, name
 
-    def __len__(self) -> int:
-        return len(self._files)
 
-    def __getitem__(self, example: int) -> tuple[bytes, int, str]:
-        name, label = self._files[example]
-        return pathlib.Path(name).read_bytes(), label, name
+def _folder(root: pathlib.Path, image_size: int, max_pixels: int) -> Dataset:
+    """Images in folders by class; the classes are numbered by name."""
+    found = scan(root)
+    _say(found.summary)
+    train, test = (
+        Encoded(files, image_size, len(files), max_pixels)
+        for files in (found.train, found.test)
+    )
+    name = found.test.root.name
+    return Dataset(train, test, len(found.classes), found.classes, name)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Prints, once, on one host."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

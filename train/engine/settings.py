@@ -32,6 +32,7 @@ _AT_LEAST = {
     "image_size": 1,
     "epochs": 0,
     "total_steps": 0,
+    "max_pixels": 1,
     "train_examples": 0,
     "test_examples": 0,
     "crop_padding": 0,

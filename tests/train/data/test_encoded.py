@@ -1,18 +1,11 @@
 """Cropping and decoding images that stay on disk."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.data.pictures import encoded
 from train.data.encoded import Encoded, centre_box, decode, random_box
-
-
-def encoded(image, kind="png", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def ramp(width, height):
@@ -83,8 +76,4 @@ def test_crops_depend_on_key_and_example_alone():
     assert np.any(split.read(np.array([1]), key=(0, 6)).images[0] != images[1])
     centre = split.read(np.array([2, 1])).images
     np.testing.assert_array_equal(centre[0], centre[1])
-    assert (split.take(2).examples, split.take(9).examples, split.take(0).examples) == (
-        2,
-        4,
-        4,
-    )
+    assert [split.take(count).examples for count in (2, 4, 0)] == [2, 4, 4]

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.Image import DecompressionBombError
 
 from tests.train.common import tiny_config
 from tests.train.tfds_data import SPLITS, example, picture, prepare
+from train.data import sets
 from train.data.sets import load_dataset
 from train.engine import loop
 from train.engine.experiment import build
@@ -133,36 +133,48 @@ def test_unknown_data_set():
         load_dataset("mnist")
 
 
-def test_folders_of_another_form(tmp_path, monkeypatch):
-    def refused(error, match):
-        return pytest.raises(error, match=match)
-
-    with refused(ValueError, "pass --data_dir=DIR, with images in DIR/train/CLASS/"):
+def test_a_folder_has_no_default():
+    with pytest.raises(ValueError, match="pass --data_dir=DIR, with images in DIR/tr"):
         load_dataset("folder")
-    root = str(tmp_path)
-    with refused(FileNotFoundError, "expected the folders train and val, validation"):
-        load_dataset("folder", root)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    with refused(FileNotFoundError, "no folders in .*/train; expected one for each"):
-        load_dataset("folder", root)
-    (tmp_path / "train" / "cat").mkdir()
-    (tmp_path / "test" / "cow").mkdir()
-    with refused(ValueError, "classes in .*/test that are not in .*/train: cow"):
-        load_dataset("folder", root)
-    (tmp_path / "test" / "cow").rename(tmp_path / "test" / "cat")
-    with refused(FileNotFoundError, r"no images in the folders .*train; .*\.jpeg"):
-        load_dataset("folder", root)
-    for split in ("train", "test"):
-        (tmp_path / split / "cat" / "bad.jpg").write_bytes(b"no image")
-    data = load_dataset("folder", root)
-    unreadable = r"image .*/test/cat/bad.jpg cannot be decoded"
-    with refused(ValueError, unreadable):
+
+
+@pytest.mark.parametrize("error", [SyntaxError, OSError, MemoryError])
+def test_whatever_pillow_raises_names_the_image(data_dir, monkeypatch, error):
+    data = load("folder", data_dir)
+    monkeypatch.setattr("train.data.encoded.decode", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=r"image .*/val/.*\.PNG cannot be decoded"):
         data.test.read(np.arange(1))
-    for kind in (SyntaxError, DecompressionBombError):  # which Pillow raises, too
-        monkeypatch.setattr("train.data.encoded.decode", Mock(side_effect=kind))
-        with refused(ValueError, unreadable):
-            data.test.read(np.arange(1))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_more_examples_than_there_are(data_dir, name):
+    train = load(name, data_dir).train
+    assert train.take(24).examples == train.take(0).examples == 24
+    for asked in (25, -1):
+        with pytest.raises(ValueError, match=f"first {asked} of 24 images; .*train_ex"):
+            train.take(asked)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+@pytest.mark.parametrize("label", [-1, 1000])
+def test_labels_that_no_class_has(data_dir, monkeypatch, name, label):
+    class Wrong(list):
+        def __init__(self, source):
+            image = np.zeros((32, 32, 3), np.uint8)
+            example = {"image": image, "label": label, "file_name": b"n1.JPEG"}
+            super().__init__([example])
+            self.dataset_info = source.dataset_info
+
+    open_ = sets._open
+    monkeypatch.setattr(
+        sets, "_open", lambda *a, **options: Wrong(open_(*a, **options))
+    )
+    sets._read.cache_clear()
+    with pytest.raises(
+        ValueError, match=rf"label.* {label}; expected 0 to 9|{label} to"
+    ):
+        load(name, data_dir).train.read(np.arange(1))
+    sets._read.cache_clear()
 
 
 @pytest.mark.parametrize(
