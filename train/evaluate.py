@@ -29,6 +29,7 @@ from train.analysis.inference_statistics import (
     parse_weight,
     recompute,
 )
+from train.engine import trained_on
 from train.engine import workdir as wd
 from train.engine.classification import Classification, Images, classification_of
 from train.engine.experiment import build
@@ -67,7 +68,7 @@ def main() -> None:
     task = classification_of(experiment.task)
     check_choice("split", _SPLIT.value, task.splits)
     split = task.splits[_SPLIT.value]
-    last = state = wd.last_checkpoint(workdir, experiment.state)
+    last = state = trained_on.last_state(workdir, experiment)
     if (batches or weight is not None) and not running_moments(state.batch_stats):
         raise ValueError(
             f"normaliser {config.norm!r} keeps no moving mean and variance; leave out"

@@ -24,6 +24,7 @@ from absl import flags
 from train import cli
 from train.analysis import stablehlo as artifact
 from train.data.encoded import Encoded
+from train.engine import trained_on
 from train.engine import workdir as wd
 from train.engine.classification import Classification, classification_of
 from train.engine.experiment import build
@@ -44,7 +45,7 @@ def main() -> None:
         raise ValueError(f"{output} is not empty; choose another --output.")
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
-    state = wd.last_checkpoint(workdir, experiment.state)
+    state = trained_on.last_state(workdir, experiment)
     task = classification_of(experiment.task)
     network, variables = task.network, state.variables
     standardize, test = task.standardize, task.test

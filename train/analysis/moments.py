@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from kalman_flax import compiler_options
 from kalman_flax.registry import KERNEL_MAPS
 from train.data.batches import draw_crops
+from train.engine import trained_on
 from train.engine import workdir as wd
 from train.engine.classification import classification_of
 from train.engine.experiment import Experiment, build
@@ -64,7 +65,7 @@ def restore(
     config = watched(wd.read_config(workdir))
     experiment = build(config, data_dir)
     classification_of(experiment.task)
-    state = wd.last_checkpoint(workdir, experiment.state)
+    state = trained_on.last_state(workdir, experiment)
     return dataclasses.replace(experiment, state=state), config
 
 

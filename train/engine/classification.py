@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -29,7 +29,9 @@ from train.data.batches import (
     make_batches,
     make_standardize,
 )
+from train.data.check import check_images
 from train.data.encoded import Encoded
+from train.data.fingerprint import check_same, fingerprint
 from train.data.sets import Dataset, load_dataset
 from train.engine.normalizer import make_normalization
 from train.engine.score import Totals
@@ -83,7 +85,9 @@ class Classification:
             ValueError: a setting that cannot be; the message names it.
             FileNotFoundError: the data set is not there.
         """
-        dataset = load_dataset(config.dataset, data_dir, config.image_size)
+        dataset = load_dataset(
+            config.dataset, data_dir, config.image_size, config.max_pixels
+        )
         dataset = dataset._replace(
             train=dataset.train.take(config.train_examples),
             test=dataset.test.take(config.test_examples),
@@ -113,6 +117,23 @@ class Classification:
             "test": self.test,
             self.dataset.test_name: self.test,
         }
+
+    def check_data(
+        self, kept: Mapping[str, Any] | None, files: bool = False
+    ) -> dict[str, Any]:
+        """Returns what to know the images by, and which files were found good.
+
+        Raises:
+            ValueError: they are not those of `kept`, or files cannot be decoded.
+        """
+        found = fingerprint(self.config.dataset, self.dataset, self.standardize)
+        checked = {}
+        if kept is not None:
+            check_same(kept.get("images", {}), found)
+            checked = kept.get("files", {})
+        if files:
+            checked = check_images(self.dataset, checked)
+        return {"images": found, "files": checked}
 
     def inputs(self) -> jax.Array:
         """Returns one image of zeros, ``[1, H, W, C]``."""

@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from train.engine import processes
+from train.engine import processes, trained_on
 from train.engine import workdir as wd
 from train.engine.diagnose import find_bad_number
 from train.engine.experiment import Experiment, build
@@ -34,16 +34,17 @@ def train(
 
     Args:
         config: as in `configs/base.py`.
-        workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the
-            end, summary.json.
+        workdir: gets config.json, data.json, metrics.jsonl, tensorboard/, checkpoints/
+            and, at the end, summary.json.
         data_dir: see `train.data.sets.load_dataset`.
 
     Returns:
         The summary. A finished run is not run again: its summary is read.
 
     Raises:
-        ValueError: a bad config; a workdir of another config, or of another run at
-            work, or with damaged checkpoints alone.
+        ValueError: a bad config; a workdir of another config or other data, or of
+            another run at work, or with damaged checkpoints alone; images that cannot
+            be decoded.
         FileNotFoundError: the data set is not there.
         NonFiniteError: a loss, a gradient or a parameter became NaN or infinite; the
             last good checkpoint stays.
@@ -54,9 +55,13 @@ def train(
     if (workdir / wd.SUMMARY).exists():
         wd.claim(workdir, config)
         return json.loads((workdir / wd.SUMMARY).read_text())
-    experiment = build(config, data_dir)  # first: a bad config claims no workdir
+    wd.check_same(workdir, config)
+    # first: a bad config, or bad data, claims no workdir
+    experiment = build(config, data_dir)
+    data = trained_on.check(workdir, experiment.task, files=True)
     with contextlib.ExitStack() as stack:
         run = Run(config, workdir, stack)
+        trained_on.keep(workdir, data)
         state = run.restore(experiment.state)
         loop = Loop(experiment, run)
         state = loop.train(state)

@@ -69,6 +69,20 @@ class Task(Protocol):
         """
         ...
 
+    def check_data(
+        self, kept: Mapping[str, Any] | None, files: bool = False
+    ) -> dict[str, Any]:
+        """Returns what to know the data by, for JSON; it does not say where that lies.
+
+        Args:
+            kept: what an earlier call returned, if there was one.
+            files: open what there is to open, too, before the first step.
+
+        Raises:
+            ValueError: the data is not that of `kept`, or cannot be used.
+        """
+        ...
+
     def inputs(self) -> Any:
         """Returns inputs to initialise the network with, of one example."""
         ...

@@ -32,7 +32,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 #: keys that a run may go on with another value of, as nothing that it finds hangs on it
-_OF_NO_MATTER = ("data_workers", "debug_nans", "profile_steps")
+_OF_NO_MATTER = ("data_workers", "debug_nans", "max_pixels", "profile_steps")
 LOCK = "lock"
 OWNER = "owner"  # of the lock, in words
 
