@@ -1,12 +1,12 @@
-"""Makes the tables and pictures of the documents from docs/results, and adds runs to it.
+"""Makes the tables and pictures of the documents from docs/results; adds runs to it.
 
     python -m train.results                          # rewrites tables and pictures
     python -m train.results --check                  # exits 1 if a table differs
     python -m train.results add runs/compare --study=my_study
 
 docs/results/runs.csv has a row for every run that a document quotes, and
-docs/results/tables.toml says what tables and pictures are made of which. `add` takes the
-directory of `train.compare` or of a single run; a run that is there already is not
+docs/results/tables.toml says what tables and pictures are made of which. `add` takes
+the directory of `train.compare` or of a single run; a run that is there already is not
 added again.
 """
 
@@ -55,8 +55,8 @@ def main(action: str | None = None, source: str | None = None) -> None:
     if _CHECK.value:
         if changed:
             raise ValueError(
-                f"tables in {', '.join(map(str, changed))} are not those of the results;"
-                " run python -m train.results."
+                f"tables in {', '.join(map(str, changed))} are not those of the"
+                " results; run python -m train.results."
             )
         return
     for path, text in changed.items():

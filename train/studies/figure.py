@@ -11,9 +11,17 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from scipy.optimize import isotonic_regression
 
-from train.studies.report import Run, groups, headline_of, mean_sd, metric_name, options
-from train.studies.report import spread
+from train.studies.report import (
+    Run,
+    groups,
+    headline_of,
+    mean_sd,
+    metric_name,
+    options,
+    spread,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,18 +63,18 @@ def plot(path: pathlib.Path, runs: Sequence[Run]) -> None:
     """Draws the headline metric of the runs that did not diverge: by micro-batch size
     where there are several, else at the end of training; beside it, of up to eight, in
     the course of training."""
+    sizes = {run.summary["micro_batch_size"] for run in runs}
     members = {
-        f"{variant}, {micro}" if _several(runs, variant) else variant: alive
+        _name(variant, micro, len(sizes) > 1): alive
         for (variant, micro), group in groups(runs).items()
         if (alive := [run for run in group if not run.diverged])
     }
-    if not members:
-        return
-    sizes = {run.summary["micro_batch_size"] for run in runs}
-    by_size = len(sizes) > 1 and len(lines := _lines(members)) < len(members)
-    curves = len(members) <= MOST_CURVES and len(members) > 0
+    lines = _lines(members)
+    by_size = any(len(line.values) > 1 for line in lines)
+    curves = 0 < len(members) <= MOST_CURVES and all(
+        len(group[0].metrics) > 1 for group in members.values()
+    )
     headline = headline_of(runs)
-    title = metric_name(headline)
     height = 4.5 if by_size else max(3.2, 0.27 * len(members) + 1.2)
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(
@@ -74,17 +82,19 @@ def plot(path: pathlib.Path, runs: Sequence[Run]) -> None:
         )
         first, *rest = axes[0]
         if by_size:
-            draw_by_size(first, lines, colored_lines(lines))
-            first.set(
-                title=f"{title} by micro-batch size".capitalize(),
-                ylabel=f"{title} (%)",
-            )
+            draw_by_size(first, lines, _colors_of(lines))
+            name = metric_name(headline)
+            first.set(title=_title(f"{name} by micro-batch size"), ylabel=f"{name} (%)")
         else:
             draw_dots(first, members, headline)
         for axis in rest:
             draw_curves(axis, members, headline)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def save_by_size(
@@ -99,13 +109,9 @@ def save_by_size(
         plt.close(figure)
 
 
-def _several(runs: Iterable[Run], variant: str) -> bool:
-    sizes = {
-        run.summary["micro_batch_size"]
-        for run in runs
-        if run.summary["variant"] == variant
-    }
-    return len(sizes) > 1
+def _name(variant: str, micro: int, with_size: bool) -> str:
+    size = f"@{micro}"
+    return variant + size if with_size and size not in variant else variant
 
 
 def is_ours(norm: str) -> bool:
@@ -124,17 +130,17 @@ def _lines(members: dict[str, list[Run]]) -> list[Line]:
     return [Line(name, ours, sizes) for (name, ours), sizes in values.items()]
 
 
-def colored_lines(lines: Sequence[Line]) -> dict[str, str]:
+def _colors_of(lines: Sequence[Line]) -> dict[str, str]:
     """Returns the colours of our best line, of batch norm and of the best rivals, by
     the smallest micro-batch; the names that are not there are grey."""
-    ranked = sorted(lines, key=lambda line: -line.rank)
+    at_several = [line for line in lines if len(line.values) > 1]
+    ranked = sorted(at_several or lines, key=lambda line: -line.rank)
     ours = [line.name for line in ranked if line.ours][:1]
     rivals = [line.name for line in ranked if not line.ours]
-    known = [name for name in rivals if name in ("batch", "batch norm")]
-    rivals = (known + [name for name in rivals if name not in known])[:RIVALS]
-    colors = _palette()
-    # Ours has the first colour, also where there is none of ours.
-    return dict(zip(ours, colors)) | dict(zip(rivals, colors[1:]))
+    rivals.sort(key=lambda name: name != "batch")  # which all want to see
+    first, *others = _palette()
+    # The first colour is ours, also where there is none of ours.
+    return dict(zip(ours, [first])) | dict(zip(rivals[:RIVALS], others))
 
 
 def _palette() -> list[str]:
@@ -149,61 +155,52 @@ def draw_by_size(axis: Any, lines: Sequence[Line], colors: dict[str, str]) -> No
     for line in sorted(lines, key=lambda line: line.name in colors):
         x, mean, deviation = line.points()
         if line.flat:
-            x, mean = np.array([sizes[0], sizes[-1]]), np.repeat(mean[:1], 2)
-            deviation = np.repeat(deviation[:1], 2)
-        color = colors.get(line.name, GREY)
-        named = line.name in colors
+            x = np.array([sizes[0], sizes[-1]])
+            mean, deviation = np.repeat(mean[:1], 2), np.repeat(deviation[:1], 2)
+        style = "--" if line.flat else "o-"
+        if line.name not in colors:
+            axis.plot(x, mean, style, color=GREY, lw=1, markersize=3)
+            continue
+        color, width = colors[line.name], 2.8 if line.ours else 1.8
         axis.errorbar(
-            x,
-            mean,
-            deviation,
-            fmt="--" if line.flat else "o-",
-            color=color,
-            lw=(2.6 if line.ours else 2.0) if named else 1.0,
-            markersize=5 if named else 3,
-            elinewidth=1.2 if named else 0.7,
-            zorder=3 if named else 2,
-            alpha=1.0 if named else 0.8,
+            x, mean, deviation, fmt=style, color=color, lw=width, elinewidth=1, zorder=3
         )
-        if named:
-            ends.append((x[-1], mean[-1], line.name, color))
+        ends.append((mean[-1], line.name, color))
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.set_xlabel("micro-batch size (examples that share statistics)")
     names_at_ends(axis, ends)
-    if len(lines) > len(colors):
-        axis.plot([], [], color=GREY, lw=1.0, label="others")
-        axis.legend(loc="lower right")
+    if grey := len(lines) - len(ends):
+        axis.plot([], [], color=GREY, lw=1, label=f"{grey} others")
+    if any(line.flat for line in lines):
+        axis.plot([], [], "k--", lw=1, label="statistics of each image alone, or none")
+    axis.legend(*axis.get_legend_handles_labels(), loc="lower right")
 
 
 def names_at_ends(
-    axis: Any, ends: Iterable[tuple[float, float, str, str]], gap: float = 0.055
+    axis: Any, ends: Iterable[tuple[float, str, str]], gap: float = 0.05
 ) -> None:
-    """Writes names right of the points (x, y, name, colour), `gap` of the axis apart."""
-    low, high = axis.get_ylim()
-    right = axis.transAxes
-    heights: list[float] = []
-    ends = sorted(ends, key=lambda end: end[1])
-    for _, y, _, _ in ends:
-        at = (y - low) / (high - low)
-        heights.append(max(at, heights[-1] + gap) if heights else at)
-    if heights and heights[-1] > 1:  # no name above the picture
-        top = 1.0
-        for i in reversed(range(len(heights))):
-            heights[i] = top = min(heights[i], top)
-            top -= gap
-    for (_, _, name, color), at in zip(ends, heights):
+    """Writes names (y, name, colour) right of the axes, as near to their heights as a
+    distance of `gap` of the axis allows."""
+    ends = sorted(ends)
+    if not ends:
+        return
+    axis.set_ylim(axis.get_ylim())  # later lines move nothing
+    to_axes = axis.transData + axis.transAxes.inverted()
+    at = np.array([to_axes.transform((axis.get_xlim()[1], y))[1] for y, _, _ in ends])
+    steps = gap * np.arange(len(ends))
+    free = np.clip(at - steps, 0, max(0, 1 - steps[-1]))
+    for height, (_, name, color) in zip(isotonic_regression(free).x + steps, ends):
         axis.annotate(
             name,
-            (1.0, at),
-            xycoords=right,
-            xytext=(6, 0),
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             color=color,
-            fontweight="bold",
             fontsize="small",
-            annotation_clip=False,
+            fontweight="bold",
         )
 
 
@@ -234,15 +231,14 @@ def draw_dots(axis: Any, members: dict[str, list[Run]], headline: str) -> None:
                 fontweight="bold",
             )
     axis.set_yticks(range(len(ranked)), ranked)
-    axis.set_ylim(len(ranked) - 0.5, -0.5)
-    axis.grid(axis="x", visible=True)
+    axis.set_ylim(max(len(ranked), 1) - 0.5, -0.5)
     title = metric_name(headline)
     if len(ranked) == 2:
         best, other = (100 * spread(members[name], headline)[0] for name in ranked)
         title += f": {ranked[0]} {best - other:.1f} points above {ranked[1]}"
     else:
-        title += " at the end of training"
-    axis.set_title(title[0].upper() + title[1:])
+        title += " at the end of training" if ranked else ": every run diverged"
+    axis.set_title(_title(title))
     label = f"{metric_name(headline)} (%)"
     if others:
         label += "; filled: moving statistics, open: micro-batch statistics"
@@ -257,23 +253,23 @@ def draw_curves(axis: Any, members: dict[str, list[Run]], headline: str) -> None
     ]
     column, factor = (headline, 100.0) if min(tests) > 1 else ("train_loss", 1.0)
     label = f"{metric_name(headline)} (%)" if factor > 1 else "training loss"
-    colors = dict(zip(_ours_first(members), (_palette() + [GREY])))
+    ranked = sorted(members, key=lambda name: _rank(members[name], headline))
+    colors = dict(zip(ranked, [*_palette(), GREY]))
     ends = []
     for name, group in members.items():
         (line,) = curve(axis, group, column, factor, color=colors[name])
         x, y = line.get_data()
         if len(x):
-            ends.append((x[-1], y[-1], name, colors[name]))
+            ends.append((y[-1], name, colors[name]))
     names_at_ends(axis, ends)
     what = label.removesuffix(" (%)")
     axis.set(xlabel="update", ylabel=label)
-    axis.set_title(f"{what} in the course of training".capitalize())
+    axis.set_title(_title(f"{what} in the course of training"))
 
 
-def _ours_first(members: dict[str, list[Run]]) -> list[str]:
-    return sorted(
-        members, key=lambda name: not is_ours(members[name][0].summary["norm"])
-    )
+def _rank(group: list[Run], headline: str) -> tuple[bool, float]:
+    """Sorts ours before the others, each the best first."""
+    return not is_ours(group[0].summary["norm"]), -spread(group, headline)[0]
 
 
 def curve(

@@ -1,8 +1,8 @@
 """The ledger of all runs that the documents quote: ``docs/results/runs.csv``.
 
-A row is a run. `experiment` is the file of ``configs/experiments`` that it is nearest to,
-`config` the keys that differ from it, as JSON; those that have columns of their own are
-not repeated there. ``commands.csv`` has command, hardware, versions and commit by
+A row is a run. `experiment` is the file of ``configs/experiments`` that it is nearest
+to, `config` the keys that differ from it, as JSON; those that have columns of their own
+are not repeated there. ``commands.csv`` has command, hardware, versions and commit by
 `command_hash`.
 """
 
@@ -154,7 +154,7 @@ def nearest(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _changed(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys that differ, without columns of the ledger and mere reporting."""
+    """Returns the keys that differ, but for columns of the ledger and mere reporting."""
     config, base = _plain(config), _plain(base)
     skipped = {*RUN_KEYS, *_REPORTING}
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,10 +127,8 @@ def table(runs: Sequence[Run]) -> str:
     heads = ("A, moving (%)", "B, micro-batch (%)")
     if len(metrics) == 1:
         heads = (f"{metric_name(metrics[0])} (%)",)
-    rows = [
-        ("variant", "batch", "micro-batch", "devices", "seeds", *heads, "train loss")
-        + ("s / run",)
-    ]
+    names = ("variant", "batch", "micro-batch", "devices", "seeds")
+    rows: list[tuple] = [(*names, *heads, "train loss", "s / run")]
     for (variant, micro), members in groups(runs).items():
         alive = [run for run in members if not run.diverged]
         lost = len(members) - len(alive)
@@ -167,8 +165,8 @@ def plus_minus(mean_sd: tuple[float, float], form: str) -> str:
 
 
 def show(value: float, form: str) -> str:
-    """Returns a number as `form` prints it, without percent sign; a half is rounded away
-    from 0, which the binary digits of a float would leave to chance."""
+    """Returns a number as `form` prints it, without percent sign; a half is rounded
+    away from 0, which the binary digits of a float would leave to chance."""
     with decimal.localcontext(rounding=decimal.ROUND_HALF_UP):
         return form.format(decimal.Decimal(f"{value:.12g}")).rstrip("%")
 
