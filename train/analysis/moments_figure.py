@@ -24,6 +24,18 @@ def plot(
     """Draws the errors by micro-batch size and, at `size`, by layer; and from `maps`,
     the estimates at `size`, the paper's Fig. 5: the gap between the variance used and
     the moving one, micro-batches by channels."""
+    with plt.style.context("train.style"):
+        figure = _draw(rows, summary, maps, size)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _draw(
+    rows: list[dict[str, Any]],
+    summary: list[dict[str, Any]],
+    maps: dict[str, Layers],
+    size: int,
+) -> Any:
     figure, axes = plt.subplots(2, 4, figsize=(21, 9))
     sizes = sorted({line["micro_batch_size"] for line in summary})
     depths = [row for row in rows if row["micro_batch_size"] == size]
@@ -42,9 +54,7 @@ def plot(
     axes[0, 0].legend()
     for axis, kind in zip(axes[:, -1], ("observed", "filtered")):
         heat_map(axis, maps, kind, kind)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def heat_map(axis: Any, maps: dict[str, Layers], kind: str, title: str) -> None:
@@ -54,17 +64,18 @@ def heat_map(axis: Any, maps: dict[str, Layers], kind: str, title: str) -> None:
     image = axis.imshow(gaps[layer].T, aspect="auto", vmin=0, vmax=1)
     axis.set(title=f"{title}: |var - moving| / moving, {layer}")
     axis.set(xlabel="micro-batch", ylabel="channel")
+    axis.grid(visible=False)
     axis.figure.colorbar(image, ax=axis)
 
 
 def plot_gains(path: pathlib.Path, gains: dict[str, np.ndarray]) -> None:
     """Draws the gain of every layer, or the spread of those of its channels."""
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(gains) + 1.5))
-    axes.boxplot(list(gains.values()), orientation="horizontal", whis=(0, 100))
-    axes.set_yticks(range(1, len(gains) + 1), list(gains))
-    axes.invert_yaxis()
-    axes.set(xlabel="gain q, the weight of the observation", xlim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with plt.style.context("train.style"):
+        figure, axes = plt.subplots(figsize=(8, 0.3 * len(gains) + 1.5))
+        axes.boxplot(list(gains.values()), orientation="horizontal", whis=(0, 100))
+        axes.set_yticks(range(1, len(gains) + 1), list(gains))
+        axes.invert_yaxis()
+        axes.set(xlabel="gain q, the weight of the observation", xlim=(0, None))
+        axes.set_title("Learned gains, by layer")
+        figure.savefig(path)
+        plt.close(figure)

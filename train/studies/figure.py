@@ -103,7 +103,7 @@ def save_by_size(
     """Draws accuracies by micro-batch size; `colored` are named, ours first."""
     with plt.style.context(STYLE):
         figure, axis = plt.subplots(figsize=(9, 5.2))
-        draw_by_size(axis, lines, dict(zip(colored, _palette())))
+        draw_by_size(axis, lines, dict(zip(colored, palette())))
         axis.set(title=title, ylabel="test accuracy (%)")
         figure.savefig(path)
         plt.close(figure)
@@ -138,12 +138,13 @@ def _colors_of(lines: Sequence[Line]) -> dict[str, str]:
     ours = [line.name for line in ranked if line.ours][:1]
     rivals = [line.name for line in ranked if not line.ours]
     rivals.sort(key=lambda name: name != "batch")  # which all want to see
-    first, *others = _palette()
+    first, *others = palette()
     # The first colour is ours, also where there is none of ours.
     return dict(zip(ours, [first])) | dict(zip(rivals[:RIVALS], others))
 
 
-def _palette() -> list[str]:
+def palette() -> list[str]:
+    """Returns the colours of the style that is in use, ours first."""
     return plt.rcParams["axes.prop_cycle"].by_key()["color"]
 
 
@@ -209,7 +210,7 @@ def draw_dots(axis: Any, members: dict[str, list[Run]], headline: str) -> None:
     it is another; of two the gap between them is written."""
     ranked = sorted(members, key=lambda name: -spread(members[name], headline)[0])
     option_a, *others = options(headline)
-    ours, rival = _palette()[:2]
+    ours, rival = palette()[:2]
     for row, name in enumerate(ranked):
         group = members[name]
         color = ours if is_ours(group[0].summary["norm"]) else rival
@@ -254,7 +255,7 @@ def draw_curves(axis: Any, members: dict[str, list[Run]], headline: str) -> None
     column, factor = (headline, 100.0) if min(tests) > 1 else ("train_loss", 1.0)
     label = f"{metric_name(headline)} (%)" if factor > 1 else "training loss"
     ranked = sorted(members, key=lambda name: _rank(members[name], headline))
-    colors = dict(zip(ranked, [*_palette(), GREY]))
+    colors = dict(zip(ranked, [*palette(), GREY]))
     ends = []
     for name, group in members.items():
         (line,) = curve(axis, group, column, factor, color=colors[name])

@@ -154,7 +154,7 @@ def nearest(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _changed(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys that differ, but for columns of the ledger and mere reporting."""
+    """Returns the keys that differ, but for columns of the ledger and reporting."""
     config, base = _plain(config), _plain(base)
     skipped = {*RUN_KEYS, *_REPORTING}
     return {

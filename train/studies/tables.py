@@ -10,10 +10,14 @@
 
 A cell is made of the runs that fit the filters of the table, its row and its column. A
 filter gives a column of the ledger one value or a list of values; a ``*`` at the end of
-a text stands for whatever follows. More keys of a table: `show` and `digits` (decimals) of all columns, `sort = "A"` puts the best first, `bold`
-marks the best of each ``"row"`` or ``"column"``, `seeds` is the number of runs that
-needs no word: a cell of fewer or more says so; `least` is how many a cell needs. A row
-with two filters is the difference of the first and the second, seed by seed.
+a text stands for whatever follows. A row with two filters is the difference of the
+first and the second, seed by seed. More keys, of a table or a column:
+
+- `show`, a key of `SHOWN`, and `digits`, the decimals;
+- `seeds`, a number of runs that needs no word: a cell of fewer or more says so;
+- `least`, how many runs a cell needs;
+- of a table, `sort = "A"` puts the best first, `bold` marks the best of each ``"row"``
+  or ``"column"``.
 
 In a document a table stands between ``<!-- table: ablation -->`` and ``<!-- end -->``.
 """
