@@ -141,7 +141,7 @@ def _row(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 def nearest(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns the experiment that a config differs least from, and in which keys."""
     changes = {
-        module.name: _changed(
+        module.name: changed(
             config,
             importlib.import_module(f"{experiments.__name__}.{module.name}")
             .get_config()
@@ -153,7 +153,7 @@ def nearest(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, changes[name]
 
 
-def _changed(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def changed(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys that differ, but for columns of the ledger and reporting."""
     config, base = _plain(config), _plain(base)
     skipped = {*RUN_KEYS, *_REPORTING}
