@@ -10,12 +10,13 @@ the directory of `train.compare` or of a single run; a run that is there already
 added again.
 """
 
+import functools
 import pathlib
 
 from absl import flags
 
 from train import cli
-from train.studies import ledger, pictures, tables
+from train.studies import ledger, pictures, tables, timings
 
 _DOCS = flags.DEFINE_string("docs", "docs", "The folder of the documents.")
 _CHECK = flags.DEFINE_bool(
@@ -29,13 +30,25 @@ def documents(docs: pathlib.Path) -> list[pathlib.Path]:
     return [docs.parent / "README.md", *sorted(docs.rglob("*.md"))]
 
 
+def made(folder: pathlib.Path, name: str) -> str:
+    """Returns a table that tables.toml in the folder of results declares.
+
+    Raises:
+        ValueError: it declares none of that name, or a bad one.
+    """
+    declared = tables.load(folder / "tables.toml")["table"]
+    if name not in declared:
+        raise ValueError(f"no table {name!r} is declared; there are {[*declared]}.")
+    if declared[name].get("of") == "timings":
+        return timings.render(declared[name], timings.read(folder))
+    return tables.render(declared[name], ledger.read(folder))
+
+
 def outdated(docs: pathlib.Path) -> dict[pathlib.Path, str]:
     """Returns the documents whose tables are not those of the results, made anew."""
-    runs = ledger.read(docs / "results")
-    declared = tables.load(docs / "results" / "tables.toml")["table"]
+    made_here = functools.partial(made, docs / "results")
     anew = {
-        path: tables.rewrite(path.read_text(), declared, runs)
-        for path in documents(docs)
+        path: tables.rewrite(path.read_text(), made_here) for path in documents(docs)
     }
     return {path: text for path, text in anew.items() if text != path.read_text()}
 

@@ -177,17 +177,16 @@ def _cell(runs: pd.DataFrame, column: dict[str, Any]) -> str:
     return text
 
 
-def rewrite(text: str, tables: dict[str, dict[str, Any]], runs: pd.DataFrame) -> str:
+def rewrite(text: str, made: Callable[[str], str]) -> str:
     """Returns a document with its marked tables made anew.
 
-    Raises:
-        ValueError: a mark names no table.
+    Args:
+        text: the document.
+        made: gives a table by its name.
     """
 
     def replace(match: re.Match[str]) -> str:
         start, name, _, end = match.groups()
-        if name not in tables:
-            raise ValueError(f"no table {name!r} is declared; there are {[*tables]}.")
-        return f"{start}\n{render(tables[name], runs)}\n\n{end}"
+        return f"{start}\n{made(name)}\n\n{end}"
 
     return _MARKED.sub(replace, text)

@@ -77,7 +77,7 @@ def test_a_comparison_is_added_once(folder):
     assert ledger.add(folder, more, "another") == 2
     before = (folder / ledger.RUNS).read_text()
     other = comparison(folder / "runs", run("plain", 0, 0.4520))
-    with pytest.raises(ValueError, match="other results of .*'variant': 'plain'"):
+    with pytest.raises(ValueError, match=r"other results of .*'variant': 'plain'"):
         ledger.add(folder, other, "mine")
     assert (folder / ledger.RUNS).read_text() == before
 
@@ -97,5 +97,5 @@ def test_a_single_run_is_added_with_the_metrics_of_its_task(folder):
 
 
 def test_other_directories_are_refused(folder):
-    with pytest.raises(ValueError, match="neither a comparison.json"):
+    with pytest.raises(ValueError, match="neither a comparison"):
         ledger.add(folder, folder, "mine")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from train import results
-from train.studies import ledger, tables
+from train.studies import ledger, tables, timings
 
 DOCS = pathlib.Path("docs")
 
@@ -110,12 +110,17 @@ def test_tables_between_marks_are_made_anew():
         "rows": [["KN", {"study": "a/more"}]],
     }
     text = "before\n<!-- table: t -->\nold\n<!-- end -->\nafter\n"
-    anew = tables.rewrite(text, {"t": table}, RUNS)
+
+    def made(name):
+        assert name == "t"
+        return tables.render(table, RUNS)
+
+    anew = tables.rewrite(text, made)
     assert "65.0 ± 7.1" in anew and "old" not in anew
     assert anew.startswith("before\n") and anew.endswith("<!-- end -->\nafter\n")
-    assert tables.rewrite(anew, {"t": table}, RUNS) == anew
+    assert tables.rewrite(anew, made) == anew
     with pytest.raises(ValueError, match="no table 't' is declared"):
-        tables.rewrite(text, {}, RUNS)
+        results.made(DOCS / "results", "t")
 
 
 def test_documents_say_what_the_results_say(tmp_path):
@@ -128,7 +133,7 @@ def test_documents_say_what_the_results_say(tmp_path):
 
     copy = tmp_path / "docs"
     (copy / "results").mkdir(parents=True)
-    for file in ("runs.csv", "tables.toml"):
+    for file in ("runs.csv", "timings.csv", "tables.toml"):
         (copy / "results" / file).write_text((DOCS / "results" / file).read_text())
     readme = tmp_path / "README.md"
     readme.write_text(f"<!-- table: {name} -->\nan old one\n<!-- end -->\n")
@@ -146,3 +151,38 @@ def test_the_ledger_is_sound():
     accuracies = runs[[tables.OPTION_A, tables.OPTION_B]]
     assert accuracies.min().min() >= 0 and accuracies.max().max() <= 1
     assert (runs.diverged == runs[tables.OPTION_A].isna()).all()
+
+
+def test_timings_are_set_beside_those_of_flax():
+    rows = pd.DataFrame(
+        {
+            "variant": ["flax", "kalman"],
+            "seconds": [0.5, 0.25],
+            "step_ratio": [1.0, 0.515],
+            "step_ratio_low": [1.0, 0.4],
+            "step_ratio_high": [1.0, 0.6],
+            "kernels": [1100, 2200],
+        }
+    )
+    flax = {"variant": "flax"}
+    columns = [
+        {"show": "number", "column": "seconds", "times": 1000, "unit": " ms"},
+        {"show": "ratio", "column": "seconds", "digits": 1},
+        {"show": "quartiles", "column": "step_ratio"},
+        {"show": "both", "column": "kernels", "digits": 0},
+        {"show": "number", "column": "kernels", "over": "seconds", "which": flax},
+    ]
+    columns = [{"head": "x"} | column for column in columns]
+    table = {"head": [""], "columns": columns, "rows": [["KN", {"variant": "kalman"}]]}
+    cells = timings.render(table, rows).splitlines()[2].split("|")[1:-1]
+    assert [cell.strip() for cell in cells] == [
+        "KN",
+        "250.00 ms",
+        "0.5",
+        "0.52 (0.40 to 0.60)",
+        "1,100, 2,200",
+        "2,200.00",
+    ]
+    table["rows"] = [["GN", {"variant": "group"}]]
+    with pytest.raises(ValueError, match="0 rows of"):
+        timings.render(table, rows)
