@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from kalman_flax import NORMALIZERS
 from train import cli
 from train.engine import workdir as wd
-from train.studies import figure, report
+from train.studies import figure, ledger, report
 from train.studies.runs import Entry, Job, configure, run_all
 
 _CONFIG = cli.define_config()
@@ -122,14 +122,13 @@ def main() -> None:
     runs = run_all(jobs, cli.DATA_DIR.value)
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
-    wd.write_json(
-        workdir / "comparison.json",
-        {
-            **wd.provenance(),
-            "config": config.to_dict(),
-            "runs": [r.row() for r in runs],
-        },
-    )
+    base = {key: v for key, v in config.to_dict().items() if key != "variants"}
+    rows = [  # each with what it changes of the config
+        run.row() | {"config": ledger.changed(job.config.to_dict(), base)}
+        for run, job in zip(runs, jobs)
+    ]
+    content = {**wd.provenance(), "config": base, "runs": rows}
+    wd.write_json(workdir / "comparison.json", content)
     figure.plot(workdir / "comparison.png", runs)
     print(f"written: {workdir}/comparison.csv, .json, .png")
 

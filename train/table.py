@@ -9,13 +9,16 @@ same config write these files. A run that stands in two of them counts once.
 import pathlib
 import sys
 from collections.abc import Iterable
-from typing import Any
+
+import pandas as pd
 
 from train import cli
 from train.studies import report
 
+#: what tells a run from the others of its config
+NAMES = ["variant", "micro_batch_size", "seed"]
 #: columns that runs of one config have in common
-PROTOCOL = ("norm", "batch_size", "learning_rate", "parameters", "steps")
+PROTOCOL = ["norm", "batch_size", "learning_rate", "parameters", "steps"]
 
 
 def join(paths: Iterable[pathlib.Path]) -> list[report.Run]:
@@ -26,30 +29,24 @@ def join(paths: Iterable[pathlib.Path]) -> list[report.Run]:
             micro-batch size that are not of one config: of another batch, rate, network
             or length, or with other results of the same seed.
     """
-    runs: dict[tuple, report.Run] = {}
-    rows: dict[tuple, dict[str, Any]] = {}
-    for path in paths:
-        for run in report.read_csv(path):
-            names = "variant", "micro_batch_size", "seed"
-            *row, _ = key = tuple(run.summary[name] for name in names)
-            known = runs.setdefault(key, run)
-            protocol = {name: run.summary.get(name) for name in PROTOCOL}
-            alike = run.diverged or rows.setdefault(tuple(row), protocol) == protocol
-            if results(known) != results(run) or not alike:
-                raise ValueError(
-                    f"{path} has other results of {dict(zip(names, key))} than a file"
-                    " before it, or results of another protocol: these are not runs of"
-                    " one config."
-                )
-    if not runs:
+    files = [report.read_csv(path).assign(path=str(path)) for path in paths]
+    runs = pd.concat(files, ignore_index=True) if files else pd.DataFrame()
+    if runs.empty:
         raise ValueError("no runs; name one comparison.csv or more.")
-    return list(runs.values())
-
-
-def results(run: report.Run) -> list[float | None]:
-    """What a run came to, whenever it was made."""
-    columns = "test_moving_accuracy", "test_batch_accuracy", "final_train_loss"
-    return [run.summary.get(column) for column in columns]
+    # Whenever and wherever a run was made, it came to the same.
+    results = runs.columns.difference([*PROTOCOL, "devices", "seconds", "path"])
+    runs = runs.drop_duplicates([*NAMES, *results.difference(NAMES)])
+    alive = runs[runs.final_train_loss.notna()]
+    alike = alive.fillna({"parameters": -1, "steps": -1, "learning_rate": -1})
+    first = alike.groupby(NAMES[:2], sort=False)[PROTOCOL].transform("first")
+    other = (alike[PROTOCOL] != first).any(axis=1).reindex(runs.index, fill_value=False)
+    for _, run in runs[runs.duplicated(NAMES) | other].iterrows():
+        raise ValueError(
+            f"{run.path} has other results of {run[NAMES].to_dict()} than a file"
+            " before it, or results of another protocol: these are not runs of"
+            " one config."
+        )
+    return report.from_frame(runs.drop(columns="path"))
 
 
 def main(*paths: str) -> None:

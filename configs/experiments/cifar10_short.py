@@ -3,7 +3,7 @@
     python -m train --config=configs/experiments/cifar10_short.py \\
         --workdir=runs/short --data_dir=DIR
 
-About 13 minutes on one CPU core; docs/results/cifar10_short has the outcome.
+About 13 minutes on one CPU core; docs/results/runs.csv has the outcome.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from train.studies.report import Run
+from train.studies.report import Run, options
 
 
 class Measure(NamedTuple):
@@ -26,9 +26,9 @@ class Measure(NamedTuple):
         return [float("nan") if run.diverged else self.of(run) for run in runs]
 
 
-#: test accuracy at the end by moving statistics, and by those of each micro-batch
-OPTION_A = Measure(lambda run: 100 * run.summary["test_moving_accuracy"])
-OPTION_B = Measure(lambda run: 100 * run.summary["test_batch_accuracy"])
+#: the headline metric at the end by moving statistics, and by those of each micro-batch
+OPTION_A = Measure(lambda run: 100 * run.summary[options(run.headline)[0]])
+OPTION_B = Measure(lambda run: 100 * run.summary[options(run.headline)[-1]])
 
 
 def steps_to(accuracy: float) -> Measure:
@@ -41,7 +41,7 @@ def steps_to(accuracy: float) -> Measure:
         reached = (
             line["step"]
             for line in run.metrics
-            if line.get("test_moving_accuracy", 0.0) >= accuracy
+            if line.get(run.headline, 0.0) >= accuracy
         )
         return float(next(reached, "nan"))
 

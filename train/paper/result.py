@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from train.engine import workdir as wd
 from train.studies import report
+
+#: at the end of a row's name: the same, by what we found best in place of the paper's
+OURS = ", ours"
 
 #: how a unit is printed
 FORMATS = {
@@ -63,17 +66,17 @@ class Result(NamedTuple):
 
     def cells(self) -> list[str]:
         """Paper, ours, number of runs and difference, as text."""
-        show = FORMATS[self.unit].format
+        form = FORMATS[self.unit]
         found = sum(not math.isnan(v) for v in self.values)
-        ours = report.plus_minus(self.spread, show)
+        ours = report.plus_minus(self.spread, form)
         if not found:
             ours = self.missing if self.values else "not run"
         count = str(len(self.values))
         if found < len(self.values):
             count = f"{found} of {count}"
-        gap = show(abs(self.difference)) if not math.isnan(self.difference) else "-"
-        sign = "" if gap == "-" else "-" if self.difference < 0 else "+"
-        return [self.paper or "-", ours, count, sign + gap]
+        signed = form.replace("{:", "{:+")
+        gap = report.plus_minus((self.difference, math.nan), signed)
+        return [self.paper or "-", ours, count, gap]
 
     def line(self) -> dict[str, Any]:
         """Everything, as numbers: a line of the CSV."""
@@ -115,11 +118,7 @@ def write(workdir: pathlib.Path, name: str, results: list[Result], **more: Any) 
     """Writes NAME.csv, and NAME.json with every value, command, hardware, versions."""
     workdir.mkdir(parents=True, exist_ok=True)
     lines = [result.line() for result in results]
-    columns = dict.fromkeys(column for line in lines for column in line)
-    with (workdir / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(lines)
+    pd.DataFrame(lines, dtype=object).to_csv(workdir / f"{name}.csv", index=False)
     values = [[None if math.isnan(v) else v for v in r.values] for r in results]
     rows = [line | {"values": each} for line, each in zip(lines, values)]
     wd.write_json(workdir / f"{name}.json", wd.provenance() | more | {"results": rows})

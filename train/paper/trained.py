@@ -11,14 +11,12 @@ from ml_collections import ConfigDict
 from train.paper import picture, result
 from train.paper.measure import Measure
 from train.paper.printed import Grid
+from train.paper.result import OURS
 from train.paper.scale import reduced, scaled
 from train.studies import report
 from train.studies.runs import Entry, Job, configure, run_all
 
 Cell = TypeVar("Cell")
-
-#: at the end of a row's name: the same, by what we found best in place of the paper's
-OURS = ", ours"
 
 
 class Request(NamedTuple):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import csv
+import decimal
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+from tabulate import tabulate
 
-COLUMNS = (
+#: what a run is; in a table of runs its metrics stand between these and `COSTS`
+KEYS = (
     "variant",
     "norm",
     "batch_size",
@@ -17,15 +20,12 @@ COLUMNS = (
     "learning_rate",
     "devices",
     "seed",
-    "test_moving_accuracy",
-    "test_batch_accuracy",
-    "final_train_loss",
-    "parameters",
-    "steps",
-    "seconds",
 )
-_TEXT = {"variant", "norm"}
-_WHOLE = {"batch_size", "micro_batch_size", "devices", "seed", "parameters", "steps"}
+COSTS = ("final_train_loss", "parameters", "steps", "seconds")
+#: columns of a CSV that are whole numbers, also where some are missing
+WHOLE = ("batch_size", "micro_batch_size", "devices", "seed", "parameters", "steps")
+#: the metric to compare runs by, a share of 1, where the summary names no other
+HEADLINE = "test_moving_accuracy"
 
 
 class Run(NamedTuple):
@@ -39,33 +39,69 @@ class Run(NamedTuple):
         """Whether training stopped at a NaN or infinity."""
         return self.summary.get("diverged", False)
 
+    @property
+    def headline(self) -> str:
+        """The metric to compare it by, under the moving statistics."""
+        return self.summary.get("headline") or HEADLINE
+
     def row(self) -> dict[str, Any]:
         """Returns the summary's columns of the table; None where there is none."""
-        return {column: self.summary.get(column) for column in COLUMNS}
+        named = ("headline",) if "headline" in self.summary else ()
+        columns = (*KEYS, *named, *options(self.headline), *COSTS)
+        return {column: self.summary.get(column) for column in columns}
+
+
+def options(headline: str) -> list[str]:
+    """Returns the metric under options A and B, or alone where it has no options."""
+    return list(dict.fromkeys((headline, headline.replace("moving", "batch"))))
+
+
+def metric_name(headline: str) -> str:
+    """Returns what people call the metric: "test accuracy"."""
+    return headline.replace("moving_", "").replace("_", " ")
+
+
+def headline_of(runs: Sequence[Run]) -> str:
+    """Returns the metric that all of the runs are compared by.
+
+    Raises:
+        ValueError: they are of tasks that have different ones.
+    """
+    names = {run.headline for run in runs if not run.diverged}
+    if len(names) > 1:
+        raise ValueError(
+            f"the runs are compared by different metrics, {sorted(names)}: make a table"
+            " of each task."
+        )
+    return names.pop() if names else HEADLINE
 
 
 def describe(summary: dict[str, Any]) -> str:
     """Returns what a single run came to, in two lines."""
     images = summary["steps"] * summary["batch_size"] / summary["seconds"]
+    name = Run(summary, []).headline
+    found = [_percent(summary, option) for option in options(name)]
+    labels = ("A, moving statistics: ", "B, micro-batch statistics: ")
+    if len(found) == 1:
+        labels = ("",)
     return (
         f"{summary['norm']}: batch {summary['batch_size']}, micro-batch"
         f" {summary['micro_batch_size']}, {summary['devices']} device(s),"
         f" {summary['steps']} steps in {summary['seconds']:.0f} s with tests and"
         f" checkpoints, {images:.0f} images/s\n"
-        f"test accuracy on {summary['test_images']} images"
-        f"  A, moving statistics: {_accuracy(summary, 'moving')}"
-        f"  B, micro-batch statistics: {_accuracy(summary, 'batch')}"
+        f"{metric_name(name)} on {summary['test_images']} images  "
+        + "  ".join(label + text for label, text in zip(labels, found))
     )
 
 
-def _accuracy(summary: dict[str, Any], option: str) -> str:
-    accuracy = f"{summary[f'test_{option}_accuracy']:.2%}"
+def _percent(summary: dict[str, Any], metric: str) -> str:
     # Not there for few classes, and in runs from before it was counted.
-    top5 = summary.get(f"test_{option}_top5_accuracy")
-    return accuracy if top5 is None else f"{accuracy} (top-5 {top5:.2%})"
+    top5 = summary.get(metric.replace("accuracy", "top5_accuracy"))
+    share = f"{summary[metric]:.2%}"
+    return share if top5 in (None, summary[metric]) else f"{share} (top-5 {top5:.2%})"
 
 
-def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:
+def groups(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
     """Groups runs that differ in the seed alone, by variant and micro-batch size."""
     result: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
@@ -74,31 +110,25 @@ def groups(runs: list[Run]) -> dict[tuple[str, int], list[Run]]:
     return result
 
 
-def spread(runs: list[Run], column: str) -> tuple[float, float]:
+def spread(runs: Sequence[Run], column: str) -> tuple[float, float]:
     """Mean and sample standard deviation over the runs that did not diverge."""
     return mean_sd([run.summary[column] for run in runs if not run.diverged])
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for none, and NaN deviation for one)."""
-    mean = float(np.mean(values)) if values else float("nan")
+    mean = float(np.mean(values)) if len(values) else float("nan")
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def table(runs: list[Run]) -> str:
+def table(runs: Sequence[Run]) -> str:
     """Returns a Markdown table: a row for each variant and micro-batch size."""
-    header = (
-        "variant",
-        "batch",
-        "micro-batch",
-        "devices",
-        "seeds",
-        "A, moving (%)",
-        "B, micro-batch (%)",
-        "train loss",
-        "s / run",
-    )
-    rows = [header]
+    metrics = options(headline_of(runs))
+    heads = ("A, moving (%)", "B, micro-batch (%)")
+    if len(metrics) == 1:
+        heads = (f"{metric_name(metrics[0])} (%)",)
+    names = ("variant", "batch", "micro-batch", "devices", "seeds")
+    rows: list[tuple] = [(*names, *heads, "train loss", "s / run")]
     for (variant, micro), members in groups(runs).items():
         alive = [run for run in members if not run.diverged]
         lost = len(members) - len(alive)
@@ -106,76 +136,75 @@ def table(runs: list[Run]) -> str:
         rows.append(
             (
                 variant,
-                str(first.get("batch_size", "")),
-                str(micro),
-                str(first.get("devices", "")),
-                str(len(members)) + (f", {lost} diverged" if lost else ""),
-                plus_minus(
-                    spread(members, "test_moving_accuracy"), lambda v: f"{v:.2%}"
-                ),
-                plus_minus(
-                    spread(members, "test_batch_accuracy"), lambda v: f"{v:.2%}"
-                ),
-                plus_minus(spread(members, "final_train_loss"), lambda v: f"{v:.3f}"),
-                plus_minus(
-                    (spread(members, "seconds")[0], np.nan), lambda v: f"{v:.0f}"
-                ),
+                first.get("batch_size", ""),
+                micro,
+                first.get("devices", ""),
+                f"{len(members)}" + (f", {lost} diverged" if lost else ""),
+                *(plus_minus(spread(members, each), "{:.2%}") for each in metrics),
+                plus_minus(spread(members, "final_train_loss"), "{:.3f}"),
+                plus_minus((spread(members, "seconds")[0], np.nan), "{:.0f}"),
             )
         )
     return markdown(rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
     """Returns a Markdown table, of which the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    return tabulate(rows, headers="firstrow", tablefmt="github", disable_numparse=True)
 
 
-def plus_minus(mean_sd: tuple[float, float], show: Callable[[float], str]) -> str:
-    """Returns mean ± deviation, or as much of it as there is; no percent signs."""
-    mean, sd = (None if np.isnan(v) else show(v).removesuffix("%") for v in mean_sd)
-    if mean is None:
-        return "-"
-    return mean if sd is None else f"{mean} ± {sd}"
+def plus_minus(mean_sd: tuple[float, float], form: str) -> str:
+    """Returns mean ± deviation, or as much of it as there is; no percent signs.
+
+    Args:
+        mean_sd: the two numbers, NaN where there is none.
+        form: how each is printed, for `str.format`.
+    """
+    mean, sd = ("" if np.isnan(v) else show(v, form) for v in mean_sd)
+    return f"{mean} ± {sd.lstrip('+')}" if sd else mean or "-"
 
 
-def write_csv(path: pathlib.Path, runs: list[Run]) -> None:
+def show(value: float, form: str) -> str:
+    """Returns a number as `form` prints it, without percent sign; a half is rounded
+    away from 0, which the binary digits of a float would leave to chance."""
+    with decimal.localcontext(rounding=decimal.ROUND_HALF_UP):
+        return form.format(decimal.Decimal(f"{value:.12g}")).rstrip("%")
+
+
+def write_csv(path: pathlib.Path, runs: Sequence[Run]) -> None:
     """Writes one line for each run."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(run.row() for run in runs)
+    rows = pd.DataFrame([run.row() for run in runs], dtype=object)  # 1 stays 1, not 1.0
+    rows.to_csv(path, index=False)
 
 
-def read_csv(path: pathlib.Path) -> list[Run]:
-    """Reads what `write_csv` wrote; the metrics by step are not in it.
+def read_csv(path: pathlib.Path) -> pd.DataFrame:
+    """Reads what `write_csv` wrote, a row a run; NA where there is nothing.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file lacks columns of a comparison.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(
-                f"{path} has the columns {reader.fieldnames}; expected a comparison.csv"
-                f" of train.compare, with {list(COLUMNS)}."
-            )
-        return [_read_row(row) for row in reader]
+    frame = pd.read_csv(
+        path,
+        dtype=dict.fromkeys(WHOLE, "Int64"),
+        keep_default_na=False,
+        na_values=[""],
+    )
+    if not {*KEYS, *COSTS} <= {*frame.columns}:
+        raise ValueError(
+            f"{path} has the columns {list(frame.columns)}; expected a comparison.csv"
+            f" of train.compare, with {[*KEYS, HEADLINE, *COSTS]}."
+        )
+    return frame
 
 
-def _read_row(row: dict[str, str]) -> Run:
-    summary: dict[str, Any] = {
-        column: text if column in _TEXT else float(text)
-        for column, text in row.items()
-        if text
-    }
-    for column in _WHOLE & summary.keys():
-        summary[column] = int(summary[column])
-    # A run that diverged has no accuracy.
-    diverged = "test_moving_accuracy" not in summary
-    return Run(summary | ({"diverged": True} if diverged else {}), [])
+def from_frame(frame: pd.DataFrame) -> list[Run]:
+    """Returns the runs of a table; their metrics by step are not in it."""
+    summaries = [row.dropna().to_dict() for _, row in frame.astype(object).iterrows()]
+    # A run that diverged has no result.
+    return [
+        Run(
+            summary if "final_train_loss" in summary else summary | {"diverged": True},
+            [],
+        )
+        for summary in summaries
+    ]
