@@ -119,7 +119,10 @@ class Known:
 
     def of_channels(self, channels: int) -> KalmanState:
         """The moments, ``[channels]`` in any case."""
-        return for_channels(self.state, channels)
+        state = self.state
+        if jnp.shape(state.mean) == (1,):  # one channel, broadcast
+            state = KalmanState(state.mean[0], state.var[0])
+        return for_channels(state, channels)
 
     def value_at(self, nodes: jax.Array) -> jax.Array:
         """This as a function of the root."""

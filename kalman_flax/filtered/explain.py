@@ -115,7 +115,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     Args:
         fn: what `kalman_flax.filtered` returned, also under `jax.jit`; or the ``apply``
             of a network of Signals.
-        *args, **kwargs: what to call it with.
+        *args, **kwargs: what to call it with. Where some are shapes
+            (`jax.ShapeDtypeStruct`), nothing is computed, and rows have no log-ratio.
 
     Returns:
         An `Explanation`, to be printed, or read by its ``rows``.

@@ -227,8 +227,6 @@ def _compact(
         return broadcast_small(operands[0], equation.params)
     if name not in ELEMENTWISE and name != "convert_element_type":
         return None
-    if all(x.compact is None and np.ndim(x.value) for x in operands):
-        return None
     small = np.broadcast_shapes(*(np.shape(x.small) for x in operands))
     if small == shape or len(small) != len(shape):
         return None

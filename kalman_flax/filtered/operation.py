@@ -111,22 +111,24 @@ def per_channel(operand: Operand, axis: int | None, ndim: int) -> jax.Array | No
     return jnp.reshape(small, (-1,))
 
 
-def over_positions(operand: Operand, axis: int | None, ndim: int) -> KalmanState:
+def over_positions(
+    operand: Operand, axis: int | None, full: tuple[int, ...]
+) -> KalmanState:
     """Moments of a signal that is no pointwise function of another: those it has, or
     those that are observed of what is the same over whole axes.
 
     The observed ones are a constant's, such as an embedding of positions, or a gate's,
     such as squeeze-and-excite's, one value for a channel of an image. Raises `Unknown`
-    for anything else.
+    for anything else. `full` is the shape that it is broadcast to.
     """
     if isinstance(operand.belief, Known):
         return operand.belief.state
     small = operand.small
     shape = np.shape(small)
-    whole = len(shape) != ndim or shape == np.shape(operand.value)
+    whole = len(shape) != len(full) or shape == full
     if isinstance(operand.belief, Lost) and whole:
         raise Unknown(operand.belief.at)
-    if operand.belief is None and whole and ndim > 1 and shape and shape[0] > 1:
+    if operand.belief is None and whole and len(full) > 1 and shape and shape[0] > 1:
         raise Unknown("an array of which nothing is known meets one with a state")
     if not shape:
         return KalmanState(jnp.asarray(small, jnp.float32), jnp.zeros(()))

@@ -165,7 +165,7 @@ def _of_independent(op: Operation) -> Known:
         return scaled
     if op.name == "div":
         raise Unknown("no rule for the quotient of two signals")
-    states = [over_positions(x, axis, op.ndim) for x in op.operands]
+    states = [over_positions(x, axis, op.outputs[0].shape) for x in op.operands]
     state = INDEPENDENT[op.name](*states)
     return Known.of(state, axis if state.mean.ndim else None, like=like)
 
@@ -181,7 +181,7 @@ def _scaled_by_position(op: Operation, axis: int | None) -> Known | None:
     factor = jnp.asarray(other.small, jnp.float32)
     if factor.ndim != op.ndim or (axis is not None and factor.shape[axis] > 1):
         return None
-    if factor.shape[0] > 1 and factor.shape == np.shape(other.value):
+    if factor.shape[0] > 1 and factor.shape == op.outputs[0].shape:
         return None
     state, before = x.belief.base or (x.belief.state, 1.0)
     factor = before * factor if op.name == "mul" else before / factor

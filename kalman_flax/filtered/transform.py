@@ -113,6 +113,9 @@ class Filtered:
             _, rows[:] = self._evaluate(traced._replace(values=values), explain=True)
             return [row.report for row in rows]
 
+        if not all(isinstance(x, jax.Array | np.ndarray | np.generic) for x in traced.values):
+            jax.eval_shape(run, traced.values)  # of shapes: nothing to compute with
+            return [row.reporting() for row in rows]
         reports = jax.jit(run)(traced.values)
         return [row.reporting(*report) for row, report in zip(rows, reports)]
 
@@ -222,7 +225,9 @@ class Traced(NamedTuple):
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    return isinstance(
+        leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
+    )
 
 
 def _argument(path: Any) -> int | str:
