@@ -20,7 +20,7 @@ from kalman_flax.filtered.belief import Belief, Known, Lost, Operand
 from kalman_flax.filtered.explain import Row, report
 from kalman_flax.filtered.kernels import KernelMap, map_kernel
 from kalman_flax.filtered.marker import Normalizer, kalman_norm_p, mapped
-from kalman_flax.filtered.operation import Operation, Unknown, broadcast_small
+from kalman_flax.filtered.operation import Operation, Unknown, broadcast_small, vary_alike
 from kalman_flax.filtered.rules import ELEMENTWISE, QUIET, RULES, SHORT
 from kalman_flax.filtered.source import place
 
@@ -222,13 +222,17 @@ def _compact(
     equation: Any, operands: Sequence[Operand], outputs: Sequence[jax.Array]
 ) -> Any:
     """The output before it was broadcast, see `Operand.compact`."""
+    if len(outputs) != 1:
+        return None
     name, shape = equation.primitive.name, np.shape(outputs[0])
     if name == "broadcast_in_dim":
         return broadcast_small(operands[0], equation.params)
+    if name == "pvary":
+        return operands[0].small
     if name not in ELEMENTWISE and name != "convert_element_type":
         return None
     small = np.broadcast_shapes(*(np.shape(x.small) for x in operands))
     if small == shape or len(small) != len(shape):
         return None
-    values = [jnp.broadcast_to(x.small, small) for x in operands]
+    values = vary_alike([jnp.broadcast_to(x.small, small) for x in operands])
     return equation.primitive.bind(*values, **equation.params)

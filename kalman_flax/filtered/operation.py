@@ -111,31 +111,42 @@ def per_channel(operand: Operand, axis: int | None, ndim: int) -> jax.Array | No
     return jnp.reshape(small, (-1,))
 
 
-def over_positions(
+def as_signal(
     operand: Operand, axis: int | None, full: tuple[int, ...]
 ) -> KalmanState:
-    """Moments of a signal that is no pointwise function of another: those it has, or
-    those that are observed of what is the same over whole axes.
+    """Moments of an operand that is independent of the others, over its positions.
 
-    The observed ones are a constant's, such as an embedding of positions, or a gate's,
-    such as squeeze-and-excite's, one value for a channel of an image. Raises `Unknown`
-    for anything else. `full` is the shape that it is broadcast to.
+    Of a constant they are observed, where it is smaller than `full`, the shape that it
+    is broadcast to, or the same for all examples: an embedding of positions or of time.
+    Raises `Unknown` for one of which nothing is known.
     """
     if isinstance(operand.belief, Known):
         return operand.belief.state
-    small = operand.small
-    shape = np.shape(small)
-    whole = len(shape) != len(full) or shape == full
-    if isinstance(operand.belief, Lost) and whole:
+    if isinstance(operand.belief, Lost):
         raise Unknown(operand.belief.at)
-    if operand.belief is None and whole and len(full) > 1 and shape and shape[0] > 1:
+    shape = np.shape(operand.small)
+    if len(full) > 1 and shape == full and shape[0] > 1:
         raise Unknown("an array of which nothing is known meets one with a state")
-    if not shape:
-        return KalmanState(jnp.asarray(small, jnp.float32), jnp.zeros(()))
-    if axis is None or shape[axis] == 1:
-        flat = jnp.reshape(small, (-1, 1))
-        return KalmanState(*(stat[0] for stat in observe(flat)))
-    return observe(jnp.asarray(small), axis=axis)
+    return _observed(operand.small, axis)
+
+
+def as_gate(
+    operand: Operand, axis: int | None, full: tuple[int, ...]
+) -> KalmanState:
+    """The same of a factor, whose own state may be lost: one value for a channel of an
+    example, as in squeeze-and-excite, is observed as a max-pool's output is."""
+    shape = np.shape(operand.small)
+    if isinstance(operand.belief, Lost) and len(shape) == len(full) and shape != full:
+        if all(n == 1 for i, n in enumerate(shape) if i not in (0, axis)):
+            return _observed(operand.small, axis)
+    return as_signal(operand, axis, full)
+
+
+def _observed(small: Any, axis: int | None) -> KalmanState:
+    small = jnp.asarray(small, jnp.float32)
+    if not small.ndim or axis is None or small.shape[axis] == 1:
+        return KalmanState(jnp.mean(small), jnp.var(small))
+    return observe(small, axis=axis)
 
 
 def broadcast_small(operand: Operand, params: dict[str, Any]) -> Any:

@@ -15,7 +15,8 @@ from kalman_flax.filtered.belief import Known, Operand
 from kalman_flax.filtered.operation import (
     Operation,
     Unknown,
-    over_positions,
+    as_gate,
+    as_signal,
     per_channel,
 )
 
@@ -165,7 +166,8 @@ def _of_independent(op: Operation) -> Known:
         return scaled
     if op.name == "div":
         raise Unknown("no rule for the quotient of two signals")
-    states = [over_positions(x, axis, op.outputs[0].shape) for x in op.operands]
+    signal = as_gate if op.name == "mul" else as_signal
+    states = [signal(x, axis, op.outputs[0].shape) for x in op.operands]
     state = INDEPENDENT[op.name](*states)
     return Known.of(state, axis if state.mean.ndim else None, like=like)
 

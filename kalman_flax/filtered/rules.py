@@ -46,7 +46,7 @@ def register_rule(
     """
     if rule is None:
         return lambda rule: register_rule(primitive, rule, takes_lost=takes_lost)
-    name = primitive if isinstance(primitive, str) else primitive.name
+    name = getattr(primitive, "name", primitive)
     if not isinstance(name, str) or not callable(rule):
         raise ValueError(
             f"register_rule got {primitive!r} and {rule!r}; expected a primitive, or its"
