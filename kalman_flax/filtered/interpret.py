@@ -20,7 +20,12 @@ from kalman_flax.filtered.belief import Belief, Known, Lost, Operand
 from kalman_flax.filtered.explain import Row, report
 from kalman_flax.filtered.kernels import KernelMap, map_kernel
 from kalman_flax.filtered.marker import Normalizer, kalman_norm_p, mapped
-from kalman_flax.filtered.operation import Operation, Unknown, broadcast_small, vary_alike
+from kalman_flax.filtered.operation import (
+    Operation,
+    Unknown,
+    broadcast_small,
+    vary_alike,
+)
 from kalman_flax.filtered.rules import ELEMENTWISE, QUIET, RULES, SHORT
 from kalman_flax.filtered.source import place
 

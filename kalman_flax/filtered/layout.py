@@ -62,7 +62,9 @@ def reshape(op: Operation) -> Known:
         if len(wide) > 1:
             if [shape[i] for i in olds if shape[i] > 1] != [new[i] for i in wide]:
                 raise Unknown("it splits the channels over several axes")
-            return known.laid_out(wide[[i for i in olds if shape[i] > 1].index(known.axis)])
+            return known.laid_out(
+                wide[[i for i in olds if shape[i] > 1].index(known.axis)]
+            )
         axis = wide[0] if wide else news[-1]
         ones = [shape[i] if i == known.axis else 1 for i in olds]
         full = [shape[i] for i in olds]
@@ -99,7 +101,9 @@ def concatenate(op: Operation) -> Known:
     axis, along = op.axis(), op.params["dimension"]
     shapes = [x.value.shape for x in op.operands]
     axis = op.ndim - 1 if axis is None else axis
-    states = [_state(x, shape[axis], axis, op.ndim) for x, shape in zip(op.operands, shapes)]
+    states = [
+        _state(x, shape[axis], axis, op.ndim) for x, shape in zip(op.operands, shapes)
+    ]
     if along == axis:
         return Known.of(predict_concatenate(states), axis, like=op.known)
     total = sum(shape[along] for shape in shapes)
@@ -147,7 +151,9 @@ def pad(op: Operation) -> Known:
     filled = KalmanState(fill, jnp.zeros(()))
     mixed = predict_mixture([state, filled], [kept, 1.0 - kept])
     plain = axis is None or config[axis] == (0, 0, 0)
-    zeros = not np.any(op.operands[1].value) if _literal(op.operands[1].value) else False
+    zeros = (
+        not np.any(op.operands[1].value) if _literal(op.operands[1].value) else False
+    )
     unpadded = None
     if plain and zeros and all(inside == 0 for *_, inside in config):
         before = Known.of(state, axis)
@@ -169,7 +175,9 @@ def crop(op: Operation) -> Known:
     state = known.of_channels(op.operands[0].value.shape[axis])
     if (start, stop, step) == (0, state.mean.shape[0], 1):
         return known.laid_out(axis)
-    return Known.of(KalmanState(*(s[start:stop:step] for s in state)), axis, like=[known])
+    return Known.of(
+        KalmanState(*(s[start:stop:step] for s in state)), axis, like=[known]
+    )
 
 
 def dynamic_slice(op: Operation) -> Known:
@@ -215,4 +223,3 @@ def gather(op: Operation) -> Known:
         raise Unknown("it picks channels")
     kept = [axis for axis in range(len(shape)) if axis not in gone]
     return known.laid_out(numbers.offset_dims[kept.index(known.axis)])
-

@@ -40,7 +40,11 @@ def convolution(op: Operation) -> Known:
         size,
         strides=params["window_strides"],
         padding=padding,
-        **({} if max(params["lhs_dilation"], default=1) == 1 else dict(input_dilation=params["lhs_dilation"])),
+        **(
+            {}
+            if max(params["lhs_dilation"], default=1) == 1
+            else dict(input_dilation=params["lhs_dilation"])
+        ),
         kernel_dilation=params["rhs_dilation"],
         feature_group_count=params["feature_group_count"],
     )
@@ -138,4 +142,3 @@ def reduction(op: Operation) -> Known:
         raise Unknown(f"the state ends where {over} are reduced")
     axis = known.axis
     return known.laid_out(axis and axis - sum(other < axis for other in axes))
-

@@ -10,17 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kalman_flax.filtered.marker import Normalizer, applying, kalman_norm_p
+from kalman_flax.filtered.marker import applying, bind
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.signal import Signal
 
-#: attributes of `nn.BatchNorm` that choose how its variance is computed, not what it is
-_IMMATERIAL = ("use_fast_variance", "force_float32_reductions")
+#: attributes of `nn.BatchNorm` that say how its variance is computed, not what it is
+_IMMATERIAL = ("use_fast_variance", "force_float32_reductions", "parent", "name")
 
 
-def catcher(
-    options: Mapping[str, Any], inference: bool
-) -> Callable[..., Any]:
+def catcher(options: Mapping[str, Any], inference: bool) -> Callable[..., Any]:
     """Returns an interceptor for `nn.intercept_methods`: puts a `kalman_norm_p` in the
     place of every `nn.BatchNorm` and `KalmanNorm` that is called in training.
 
@@ -48,8 +46,15 @@ def catcher(
             return y
         if (running and not inference) or isinstance(x, Signal):
             return call(*args, **kwargs)
-        norm = as_kalman_norm(module, options).clone(use_running_average=running)
-        return _bind(module, norm, x, mask)
+        if isinstance(module, KalmanNorm):
+            norm = module.clone(parent=None, name=None)
+        else:
+            norm = as_kalman_norm(_attributes(module), options)
+        norm = norm.clone(use_running_average=running)
+        y, stats = bind(norm, "/".join(module.path), module.variables, x, mask)
+        for name, value in stats.items():
+            module.put_variable("batch_stats", name, value)
+        return y
 
     return intercept
 
@@ -72,46 +77,27 @@ def _arguments(
     return x, use_running_average, mask
 
 
-def as_kalman_norm(module: nn.Module, options: Mapping[str, Any]) -> KalmanNorm:
-    """Returns an unbound `KalmanNorm`: of the attributes of an `nn.BatchNorm`, and
-    `options`; or the module's own clone, if it is one.
+def _attributes(module: nn.BatchNorm) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(module))
+    return {name: getattr(module, name) for name in names}
+
+
+def as_kalman_norm(
+    attributes: Mapping[str, Any], options: Mapping[str, Any]
+) -> KalmanNorm:
+    """Returns an unbound `KalmanNorm` of the `attributes` of a batch norm, and `options`.
 
     Raises:
-        ValueError: an attribute of `nn.BatchNorm` that `KalmanNorm` has not.
+        ValueError: an attribute that `KalmanNorm` has not, and that makes a difference.
     """
-    if isinstance(module, KalmanNorm):
-        return module.clone(parent=None, name=None)
     names = {field.name for field in dataclasses.fields(KalmanNorm)}
-    own = {}
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name", *_IMMATERIAL):
-            continue
-        value = getattr(module, field.name)
-        if field.name in names:
-            own[field.name] = value
-        elif value != field.default:
+    ours = {}
+    for name, value in attributes.items():
+        if name in names - {"parent", "name"}:
+            ours[name] = value
+        elif name not in _IMMATERIAL and value is not None:
             raise ValueError(
-                f"nn.BatchNorm has {field.name}={value!r}, which KalmanNorm has no"
-                " counterpart of; leave it out."
+                f"a batch norm has {name}={value!r}, which KalmanNorm has no counterpart"
+                " of; leave it out."
             )
-    return KalmanNorm(**{**own, **options}, parent=None)
-
-
-def _bind(module: nn.Module, norm: KalmanNorm, x: jax.Array, mask: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    variables = {
-        name: dict(module.variables.get(name, {})) for name in ("params", "batch_stats")
-    }
-    stats = variables["batch_stats"]
-    shape = (x.shape[norm.axis],)
-    stats.setdefault("mean", jnp.zeros(shape, jnp.float32))
-    stats.setdefault("var", jnp.ones(shape, jnp.float32))
-    if norm.decay_steps is not None:
-        stats.setdefault("steps", jnp.zeros((), jnp.float32))
-    moved = () if norm.use_running_average else tuple(sorted(stats))
-    leaves, structure = jax.tree.flatten((variables, mask))
-    caught = Normalizer(norm, "/".join(module.path), structure, moved)
-    y, *new = kalman_norm_p.bind(x, *leaves, norm=caught, batch=())
-    for name, value in zip(moved, new):
-        module.put_variable("batch_stats", name, value)
-    return y
+    return KalmanNorm(**{**ours, **options}, parent=None)

@@ -85,7 +85,35 @@ kalman_norm_p = Primitive("kalman_norm")
 kalman_norm_p.multiple_results = True
 
 
-def mapped(fn: Any, batch: Sequence[tuple[Any, tuple[bool, ...]]], out_axes: Any) -> Any:
+def bind(
+    norm: KalmanNorm, path: str, variables: Any, x: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Puts the marker in the trace: returns output and new statistics.
+
+    Args:
+        norm: unbound, with ``use_running_average`` set.
+        path: of the normaliser in the model.
+        variables: its ``params`` and ``batch_stats``; statistics that are missing start
+            as they do in `nn.BatchNorm`.
+        x, mask: as in `KalmanNorm`.
+    """
+    x = jnp.asarray(x)
+    shape = (x.shape[norm.axis],)
+    start = {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
+    if norm.decay_steps is not None:
+        start["steps"] = jnp.zeros((), jnp.float32)
+    stats = {**start, **variables.get("batch_stats", {})}
+    variables = {"params": variables.get("params", {}), "batch_stats": stats}
+    leaves, structure = jax.tree.flatten((variables, mask))
+    moved = () if norm.use_running_average else tuple(sorted(stats))
+    caught = Normalizer(norm, path, structure, moved)
+    y, *new = kalman_norm_p.bind(x, *leaves, norm=caught, batch=())
+    return y, dict(zip(moved, new))
+
+
+def mapped(
+    fn: Any, batch: Sequence[tuple[Any, tuple[bool, ...]]], out_axes: Any
+) -> Any:
     """Returns ``fn(x, *leaves)`` under the vmaps of `batch`."""
     for axis_name, flags in reversed(batch):
         in_axes = (0, *(0 if flag else None for flag in flags))
@@ -116,9 +144,7 @@ def _batch(axis_data: Any, operands: Any, dims: Any, *, norm: Any, batch: Any) -
         x = jnp.broadcast_to(x, (size, *x.shape))
     name = getattr(axis_data, "name", None)
     name = name if isinstance(name, str) else None
-    outs = kalman_norm_p.bind(
-        x, *leaves, norm=norm, batch=((name, flags[1:]), *batch)
-    )
+    outs = kalman_norm_p.bind(x, *leaves, norm=norm, batch=((name, flags[1:]), *batch))
     return outs, [0] * len(outs)
 
 

@@ -111,9 +111,7 @@ def per_channel(operand: Operand, axis: int | None, ndim: int) -> jax.Array | No
     return jnp.reshape(small, (-1,))
 
 
-def as_signal(
-    operand: Operand, axis: int | None, full: tuple[int, ...]
-) -> KalmanState:
+def as_signal(operand: Operand, axis: int | None, full: tuple[int, ...]) -> KalmanState:
     """Moments of an operand that is independent of the others, over its positions.
 
     Of a constant they are observed, where it is smaller than `full`, the shape that it
@@ -130,9 +128,7 @@ def as_signal(
     return _observed(operand.small, axis)
 
 
-def as_gate(
-    operand: Operand, axis: int | None, full: tuple[int, ...]
-) -> KalmanState:
+def as_gate(operand: Operand, axis: int | None, full: tuple[int, ...]) -> KalmanState:
     """The same of a factor, whose own state may be lost: one value for a channel of an
     example, as in squeeze-and-excite, is observed as a max-pool's output is."""
     shape = np.shape(operand.small)

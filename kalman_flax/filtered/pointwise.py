@@ -134,7 +134,7 @@ def _affine(
     match op.name, constants:
         case "neg", [None]:
             return -1.0, 0.0
-        case ("add" | "add_any"), ([None, c] | [c, None]) if c is not None:
+        case (("add" | "add_any"), ([None, c] | [c, None])) if c is not None:
             return 1.0, c
         case "sub", [None, c] if c is not None:
             return 1.0, -c
@@ -187,9 +187,7 @@ def _scaled_by_position(op: Operation, axis: int | None) -> Known | None:
         return None
     state, before = x.belief.base or (x.belief.state, 1.0)
     factor = before * factor if op.name == "mul" else before / factor
-    moved = predict_product(
-        state, KalmanState(jnp.mean(factor), jnp.var(factor))
-    )
+    moved = predict_product(state, KalmanState(jnp.mean(factor), jnp.var(factor)))
     return Known.of(moved, axis, like=[x.belief], base=(state, factor))
 
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from kalman_flax._filter.state import KalmanState, for_channels
@@ -24,6 +25,7 @@ from kalman_flax.filtered.kernels import (
 )
 from kalman_flax.filtered.linen import catcher
 from kalman_flax.filtered.nested import normalizers
+from kalman_flax.filtered.nnx import functional
 from kalman_flax.layers.kalman_norm import KalmanNorm
 
 #: part of the key of jax.jit's caches, so that no function that was traced with caught
@@ -45,7 +47,7 @@ def filtered(
     strict: bool = False,
     kernel_map: KernelMap | None = None,
     **options: Any,
-) -> Filtered:
+) -> Filtered | FilteredModule:
     """Runs the Kalman filter through the program of an unmodified Flax model.
 
         apply = kf.filtered(model.apply, input_states={1: kf.KalmanState(0.0, 1.0)})
@@ -63,7 +65,8 @@ def filtered(
 
     Args:
         fn: a function of arrays, pytrees of these, and any static values; e.g. the
-            ``apply`` of a linen module.
+            ``apply`` of a linen module. Or an `nnx.Module`, to be called like it; its
+            statistics move as they do in the module, and arguments count from 0.
         input_states: what is known of arguments, by position or keyword: scalars for
             every channel alike, or ``[C]``, with the channels last.
         strict: raise a ValueError where a normaliser gets no prediction.
@@ -79,7 +82,11 @@ def filtered(
             which an `nn.BatchNorm` has no room; an `input_states` that is not states;
             when called, an argument that is not there.
     """
-    return Filtered(fn, dict(input_states or {}), strict, kernel_map, options)
+    input_states = dict(input_states or {})
+    _check(fn, input_states, options)
+    if isinstance(fn, nnx.Module):
+        return FilteredModule(fn, input_states, strict, kernel_map, options)
+    return Filtered(fn, input_states, strict, kernel_map, options)
 
 
 class Filtered:
@@ -93,7 +100,6 @@ class Filtered:
         kernel_map: KernelMap | None,
         options: dict[str, Any],
     ):
-        _check(fn, input_states, options)
         functools.update_wrapper(self, fn, updated=())
         self._fn, self._input_states = fn, input_states
         self._strict, self._kernel_map, self._options = strict, kernel_map, options
@@ -113,7 +119,9 @@ class Filtered:
             _, rows[:] = self._evaluate(traced._replace(values=values), explain=True)
             return [row.report for row in rows]
 
-        if not all(isinstance(x, jax.Array | np.ndarray | np.generic) for x in traced.values):
+        if not all(
+            isinstance(x, jax.Array | np.ndarray | np.generic) for x in traced.values
+        ):
             jax.eval_shape(run, traced.values)  # of shapes: nothing to compute with
             return [row.reporting() for row in rows]
         reports = jax.jit(run)(traced.values)
@@ -190,9 +198,7 @@ class Filtered:
         convolutions = frozenset()
         if self._kernel_map is not None:
             convolutions = before_normalizers(program.jaxpr)
-        interpreter = Interpreter(
-            self._strict, explain, self._kernel_map, convolutions
-        )
+        interpreter = Interpreter(self._strict, explain, self._kernel_map, convolutions)
         operands = [
             Operand(value, self._belief(value, name))
             for value, name in zip(traced.values, traced.arguments)
@@ -211,6 +217,45 @@ class Filtered:
         return Known.of(for_channels(state, np.shape(value)[axis]), axis)
 
 
+class FilteredModule:
+    """What `filtered` returns for an NNX module: call it as the module, whose state it
+    updates as the module would."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        input_states: dict[int | str, KalmanState],
+        strict: bool,
+        kernel_map: KernelMap | None,
+        options: dict[str, Any],
+    ):
+        if options.get("decay_steps") is not None:
+            raise ValueError(
+                "decay_steps needs a count of steps, which an nnx.BatchNorm has no room"
+                " for; build the model with kalman_flax.nnx.KalmanNorm and this option."
+            )
+        self._model, self._settings = model, (strict, kernel_map, options)
+        self._input_states = {
+            name + 1 if isinstance(name, int) else name: state
+            for name, state in input_states.items()
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs, state = self._filtered()(nnx.state(self._model), *args, **kwargs)
+        nnx.update(self._model, state)
+        return outputs
+
+    def explain_call(self, args: Any, kwargs: Any) -> list[Row]:
+        """The rows of `kalman_flax.explain`."""
+        return self._filtered().explain_call((nnx.state(self._model), *args), kwargs)
+
+    def _filtered(self) -> Filtered:
+        """Of the module as it is now: ``train()`` and ``eval()`` change it."""
+        _, kernel_map, options = self._settings
+        fn = functional(self._model, options, inference=kernel_map is not None)
+        return Filtered(fn, self._input_states, *self._settings)
+
+
 class Traced(NamedTuple):
     """A program with its inputs."""
 
@@ -225,9 +270,7 @@ class Traced(NamedTuple):
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(
-        leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-    )
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic))
 
 
 def _argument(path: Any) -> int | str:

@@ -76,9 +76,7 @@ def test_inference_is_the_program_of_the_model(variables, train):
 def test_kernel_map(variables):
     """In training and in inference; and exported, the model itself computes it."""
     signals = signal_resnet.ResNet(kernel_map=kf.centre_kernel)
-    apply = kf.filtered(
-        PLAIN.apply, input_states=STATES, kernel_map=kf.centre_kernel
-    )
+    apply = kf.filtered(PLAIN.apply, input_states=STATES, kernel_map=kf.centre_kernel)
     close(
         jax.jit(lambda v: step(apply, v))(variables),
         jax.jit(lambda v: step(signals.apply, v))(variables),

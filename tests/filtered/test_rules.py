@@ -14,7 +14,9 @@ from kalman_flax.filtered.rules import RULES
 
 KEY = jax.random.key(0)
 SHAPE = (3000, 4, 6, 4)
-STATE = kf.KalmanState(jnp.array([0.5, -1.0, 0.0, 2.0]), jnp.array([1.0, 0.5, 2.0, 1.5]))
+STATE = kf.KalmanState(
+    jnp.array([0.5, -1.0, 0.0, 2.0]), jnp.array([1.0, 0.5, 2.0, 1.5])
+)
 OTHER = kf.KalmanState(jnp.array([1.0, 0.0, 0.5, 0.0]), jnp.array([0.2, 1.0, 0.5, 0.3]))
 ROWS = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
 KERNEL = ROWS[:36, :5].reshape(3, 3, 4, 5)
@@ -69,7 +71,9 @@ def channels_first(x, y):
     x = jnp.transpose(x, (0, 3, 1, 2))
     numbers = ("NCHW", "OIHW", "NCHW")
     kernel = KERNEL.transpose(3, 2, 0, 1)
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+    )
 
 
 def stochastic_depth(x, y):
@@ -103,9 +107,9 @@ PROGRAMS = {
     "transposed": lambda x, y: conv(x, padding=((1, 2), (2, 1)), lhs_dilation=(2, 2)),
     "padding before a conv": pre_padded,
     "channels first": channels_first,
-    "1-D": lambda x, y: nn.Conv(3, (3,), kernel_init=lambda *_: KERNEL[0, :, :, :3]).apply(
-        {"params": {"kernel": KERNEL[0, :, :, :3], "bias": np.ones(3, "f")}}, x
-    ),
+    "1-D": lambda x, y: nn.Conv(
+        3, (3,), kernel_init=lambda *_: KERNEL[0, :, :, :3]
+    ).apply({"params": {"kernel": KERNEL[0, :, :, :3], "bias": np.ones(3, "f")}}, x),
     "dense": lambda x, y: x @ ROWS[:4, :7],
     "kernel on the left": lambda x, y: jnp.einsum("dc,nhwc->nhwd", ROWS[:7, :4], x),
     "flat": lambda x, y: x.reshape(SHAPE[0], -1) @ ROWS[:4].reshape(-1, 2)[:96, :],

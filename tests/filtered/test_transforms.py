@@ -193,7 +193,9 @@ class Branches(nn.Module):
         if self.how == "lossy cond":
             x = lax.cond(x[0, 0, 0, 0] > 0, nn.relu, lambda x: x - x.mean(), x)
         if self.how == "while":
-            x = lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] / 2), (0, x))
+            x = lax.while_loop(
+                lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] / 2), (0, x)
+            )
             x = x[1]
         if self.how == "scan":
             x, _ = lax.scan(lambda x, a: (nn.relu(x) + a, None), x, jnp.arange(2.0))

@@ -39,14 +39,20 @@ class ResNet(nn.Module):
             kf.KalmanNorm, not train, momentum=0.9, **dict(self.options)
         )
         x = kf.Signal(x, kf.KalmanState(0.0, 1.0))
-        x = kf.relu(norm(name="bn_init")(conv(self.filters, (3, 3), name="conv_init")(x)))
+        x = kf.relu(
+            norm(name="bn_init")(conv(self.filters, (3, 3), name="conv_init")(x))
+        )
         x = kf.avg_pool(x, (2, 2), strides=(2, 2))
         index = 0
         for i, size in enumerate(self.stage_sizes):
             for j in range(size):
                 strides = 2 if i > 0 and j == 0 else 1
                 x = ResNetBlock(
-                    self.filters * 2**i, strides, conv, norm, name=f"ResNetBlock_{index}"
+                    self.filters * 2**i,
+                    strides,
+                    conv,
+                    norm,
+                    name=f"ResNetBlock_{index}",
                 )(x)
                 index += 1
         return kf.Dense(self.num_classes, name="Dense_0")(kf.global_avg_pool(x)).value

@@ -22,7 +22,9 @@ class DenseNet(nn.Module):
                 y = nn.Conv(self.growth, (3, 3), use_bias=False)(nn.relu(norm()(y)))
                 x = jnp.concatenate([x, y], axis=-1)
             if block == 0:
-                x = nn.Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(nn.relu(norm()(x)))
+                x = nn.Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(
+                    nn.relu(norm()(x))
+                )
                 x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(norm()(x))
         return nn.Dense(3)(jnp.mean(x, axis=(1, 2)))
