@@ -49,6 +49,7 @@ class Nodes(Root):
         super().__init__(self.moments(lambda x: x))
 
     def moments(self, fn: Pointwise) -> KalmanState:
+        """Mean and variance of ``fn(root)``, exactly."""
         values = jnp.asarray(fn(self.nodes), jnp.float32)
         mean = jnp.sum(self.weights * values, axis=-1)
         centred = values - mean[..., None]

@@ -209,7 +209,7 @@ def _refusal(norm: Normalizer, lost_at: str) -> str:
 
 
 def _full(state: KalmanState, channels: int) -> KalmanState:
-    """A state ``[C]`` of what a normaliser puts out, which may have no scale and bias."""
+    """The state ``[C]`` of what a normaliser without scale and bias puts out, too."""
     return KalmanState(*(jnp.broadcast_to(stat, (channels,)) for stat in state))
 
 

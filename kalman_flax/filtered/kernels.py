@@ -17,9 +17,9 @@ KernelMap = Callable[[jax.Array], jax.Array]
 
 #: what may stand between a convolution and its normaliser: a bias, a cast, a layout
 _BETWEEN = (
-    "add convert_element_type copy name optimization_barrier pvary reshape squeeze"
-    " transpose broadcast_in_dim sharding_constraint"
-).split()
+    "add", "convert_element_type", "copy", "name", "optimization_barrier", "pvary",
+    "reshape", "squeeze", "transpose", "broadcast_in_dim", "sharding_constraint",
+)  # fmt: skip
 
 
 def before_normalizers(jaxpr: Jaxpr) -> frozenset[int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from kalman_flax.filtered.marker import applying, bind
@@ -85,7 +84,7 @@ def _attributes(module: nn.BatchNorm) -> dict[str, Any]:
 def as_kalman_norm(
     attributes: Mapping[str, Any], options: Mapping[str, Any]
 ) -> KalmanNorm:
-    """Returns an unbound `KalmanNorm` of the `attributes` of a batch norm, and `options`.
+    """Returns an unbound `KalmanNorm`: `attributes` of a batch norm, and `options`.
 
     Raises:
         ValueError: an attribute that `KalmanNorm` has not, and that makes a difference.
@@ -97,7 +96,7 @@ def as_kalman_norm(
             ours[name] = value
         elif name not in _IMMATERIAL and value is not None:
             raise ValueError(
-                f"a batch norm has {name}={value!r}, which KalmanNorm has no counterpart"
-                " of; leave it out."
+                f"a batch norm has {name}={value!r}, which KalmanNorm has no"
+                " counterpart of; leave it out."
             )
     return KalmanNorm(**{**ours, **options}, parent=None)

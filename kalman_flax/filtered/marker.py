@@ -150,8 +150,8 @@ def _batch(axis_data: Any, operands: Any, dims: Any, *, norm: Any, batch: Any) -
 
 def _no_gradient(*_: Any, **__: Any) -> Any:
     raise ValueError(
-        "a gradient is taken inside of a function given to kalman_flax.filtered. Give it"
-        " the forward pass alone, and take the gradient of what it returns."
+        "a gradient is taken inside of a function given to kalman_flax.filtered. Give"
+        " it the forward pass alone, and take the gradient of what it returns."
     )
 
 

@@ -127,7 +127,7 @@ def _custom(interpreter: Interpreter, equation: Any, operands: Any) -> list[Oper
 
 
 def _remat(interpreter: Interpreter, equation: Any, operands: Any) -> list[Operand]:
-    """Stays a remat: what follows is computed again in the backward pass, states too."""
+    """Stays a remat: computed again in the backward pass, with the states."""
     params = equation.params
     kinds, made = [kind_of(x) for x in operands], []
 

@@ -15,17 +15,18 @@ from kalman_flax.filtered.marker import bind
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.signal import Signal
 
+#: attributes of `nnx.BatchNorm`
 _OF_BATCH_NORM = (
-    "axis momentum epsilon dtype param_dtype use_bias use_scale axis_name"
-    " axis_index_groups"
-).split()
+    "axis", "momentum", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale",
+    "axis_name", "axis_index_groups",
+)  # fmt: skip
 
 
 def functional(
     model: nnx.Module, options: Mapping[str, Any], inference: bool
 ) -> Callable[..., Any]:
-    """Returns ``fn(state, *args, **kwargs)``, which gives what the model returns and its
-    new state; and in which the normalisers are caught.
+    """Returns ``fn(state, *args, **kwargs)``, in which the normalisers are caught; it
+    gives what the model returns, and its new state.
 
     Args:
         model: of which `nnx.split` gives the state.

@@ -99,7 +99,7 @@ def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def per_channel(operand: Operand, axis: int | None, ndim: int) -> jax.Array | None:
-    """A constant as ``[C]`` or a scalar; None if it depends on more than the channel."""
+    """A constant as ``[C]`` or a scalar; None if it is not one for each channel."""
     small = operand.small
     shape = np.shape(small)
     if all(size == 1 for size in shape):
@@ -132,9 +132,10 @@ def as_gate(operand: Operand, axis: int | None, full: tuple[int, ...]) -> Kalman
     """The same of a factor, whose own state may be lost: one value for a channel of an
     example, as in squeeze-and-excite, is observed as a max-pool's output is."""
     shape = np.shape(operand.small)
-    if isinstance(operand.belief, Lost) and len(shape) == len(full) and shape != full:
-        if all(n == 1 for i, n in enumerate(shape) if i not in (0, axis)):
-            return _observed(operand.small, axis)
+    smaller = len(shape) == len(full) and shape != full
+    of_examples = all(n == 1 for i, n in enumerate(shape) if i not in (0, axis))
+    if isinstance(operand.belief, Lost) and smaller and of_examples:
+        return _observed(operand.small, axis)
     return as_signal(operand, axis, full)
 
 

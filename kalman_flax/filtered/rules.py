@@ -49,27 +49,38 @@ def register_rule(
     name = getattr(primitive, "name", primitive)
     if not isinstance(name, str) or not callable(rule):
         raise ValueError(
-            f"register_rule got {primitive!r} and {rule!r}; expected a primitive, or its"
-            " name, and a function of an Operation."
+            f"register_rule got {primitive!r} and {rule!r}; expected a primitive, or"
+            " its name, and a function of an Operation."
         )
     RULES[name] = Entry(rule, takes_lost)
     return rule
 
 
+# fmt: off
 #: those that compute each element of the output from the same element of the operands
 ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp cos"
-    " cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow"
-    " is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow"
-    " rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor"
-).split()
-
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
+    "atanh", "cbrt", "ceil", "clamp", "cos", "cosh", "digamma", "div", "eq", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
+    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul",
+    "ne", "neg", "nextafter", "not", "or", "pow", "rem", "round", "rsqrt", "select_n",
+    "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
+)
+#: those that change neither values nor places
+SAME = (
+    "copy", "copy_p", "device_put", "name", "optimization_barrier", "pvary",
+    "reduce_precision", "sharding_constraint",
+)
+REDUCTIONS = (
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "argmax", "argmin",
+)
 #: those that leave a state as it is, and that explanations are silent about
 QUIET = (
-    "copy copy_p device_put name optimization_barrier pvary reduce_precision"
-    " sharding_constraint convert_element_type stop_gradient transpose squeeze reshape"
-    " broadcast_in_dim"
-).split()
+    *SAME, "convert_element_type", "stop_gradient", "transpose", "squeeze", "reshape",
+    "broadcast_in_dim",
+)
+# fmt: on
 #: what explanations call an operation
 SHORT = {
     "conv_general_dilated": "conv",
@@ -81,11 +92,9 @@ SHORT = {
 
 for _name in ELEMENTWISE:
     register_rule(_name, pointwise.elementwise, takes_lost=True)
-for _name in QUIET[:8]:
+for _name in SAME:
     register_rule(_name, pointwise.same)
-for _name in (
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
-).split():
+for _name in REDUCTIONS:
     register_rule(_name, linear.reduction)
 
 register_rule("convert_element_type", pointwise.cast)

@@ -105,6 +105,7 @@ class Filtered:
         self._strict, self._kernel_map, self._options = strict, kernel_map, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the function returns."""
         traced = self._trace(args, kwargs)
         if not normalizers(traced.program.jaxpr):
             return traced.outputs(jaxpr_as_fun(traced.program)(*traced.values))
@@ -241,6 +242,7 @@ class FilteredModule:
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the module returns."""
         outputs, state = self._filtered()(nnx.state(self._model), *args, **kwargs)
         nnx.update(self._model, state)
         return outputs

@@ -98,7 +98,7 @@ class Upsampler(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         for method in ("nearest", "bilinear"):
-            n, h, w, c = x.shape
+            n, h, w, _ = x.shape
             x = nn.Conv(4, (3, 3), padding="REFLECT")(x)
             x = nn.relu6(nn.BatchNorm(not train)(x))
             x = jax.image.resize(x, (n, 2 * h, 2 * w, 4), method)
