@@ -111,5 +111,5 @@ def test_kalman_norm_takes_signals():
 
 
 def test_decay_steps_has_no_room():
-    with pytest.raises(ValueError, match="kalman_flax.nnx"):
+    with pytest.raises(ValueError, match=r"kalman_flax\.nnx"):
         kf.filtered(ResNet(nnx.Rngs(0)), decay_steps=10)
