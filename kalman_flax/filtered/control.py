@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.extend
@@ -17,11 +17,9 @@ from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered import nested
 from kalman_flax.filtered.belief import Lost, Operand
 from kalman_flax.filtered.explain import Row
+from kalman_flax.filtered.nested import Interpreter
 from kalman_flax.filtered.operation import varying
 from kalman_flax.filtered.packing import Kind, Of, kind_of, meet, pack, unpack
-
-if TYPE_CHECKING:
-    from kalman_flax.filtered.interpret import Interpreter
 
 Body = Callable[[list[Kind], Any], list[Operand]]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,30 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered.belief import Known, Operand, Root, coin, uniform
+from kalman_flax.filtered.explain import Row
 from kalman_flax.filtered.marker import Normalizer, kalman_norm_p
 from kalman_flax.filtered.packing import kind_of, pack, unpack
 from kalman_flax.filtered.source import in_library, place
 
-if TYPE_CHECKING:
-    from kalman_flax.filtered.interpret import Interpreter
+
+class Interpreter(Protocol):
+    """What the rules here need of `interpret.Interpreter`, which knows them."""
+
+    rows: list[Row]
+
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Operand]
+    ) -> list[Operand]:
+        """Evaluates a program."""
+
+    def apart(self, fn: Callable[[], Any]) -> tuple[Any, list[Row]]:
+        """Calls `fn`; returns the rows that it added beside what it returns."""
+
+    def at(self, equation: Any) -> str:
+        """Names an equation, and where it stands in the sources."""
+
+    def called_at(self, site: str | None) -> AbstractContextManager[None]:
+        """While the body of a library function is evaluated."""
 
 
 def programs(equation: Any) -> Iterator[Jaxpr]:
@@ -88,7 +107,7 @@ def draw(equation: Any, operands: Sequence[Operand]) -> Known | None:
 
 
 # Each rule gets the interpreter, the equation and its operands; returns its outputs.
-Rule = Callable[["Interpreter", Any, list[Operand]], list[Operand]]
+Rule = Callable[[Interpreter, Any, list[Operand]], list[Operand]]
 
 
 def _inline(interpreter: Interpreter, equation: Any, operands: Any) -> list[Operand]:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from kalman_flax import nnx as own
 from kalman_flax.filtered.linen import as_kalman_norm
 from kalman_flax.filtered.marker import bind
 from kalman_flax.layers.kalman_norm import KalmanNorm
+from kalman_flax.layers.nnx import KalmanNorm as NnxKalmanNorm
 from kalman_flax.layers.signal import Signal
 
 #: attributes of `nnx.BatchNorm`
@@ -41,7 +41,7 @@ def functional(
         caught = [
             (path, node)
             for path, node in nnx.iter_graph(copy)
-            if type(node) in (nnx.BatchNorm, own.KalmanNorm)
+            if type(node) in (nnx.BatchNorm, NnxKalmanNorm)
         ]
         for path, node in caught:
             name = "/".join(map(str, path))
@@ -87,7 +87,7 @@ def _catching(
 def _linen_form(
     node: Any, options: Mapping[str, Any]
 ) -> tuple[KalmanNorm, dict[str, dict[str, jax.Array]]]:
-    if isinstance(node, own.KalmanNorm):
+    if isinstance(node, NnxKalmanNorm):
         return node.linen.clone(), node.variables
     attributes = {name: getattr(node, name) for name in _OF_BATCH_NORM}
     params = {
