@@ -40,11 +40,7 @@ def convolution(op: Operation) -> Known:
         size,
         strides=params["window_strides"],
         padding=padding,
-        **(
-            {}
-            if max(params["lhs_dilation"], default=1) == 1
-            else dict(input_dilation=params["lhs_dilation"])
-        ),
+        input_dilation=params["lhs_dilation"],
         kernel_dilation=params["rhs_dilation"],
         feature_group_count=params["feature_group_count"],
     )

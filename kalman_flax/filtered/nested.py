@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from kalman_flax._filter.state import KalmanState
-from kalman_flax.filtered.belief import Known, Operand, Root, coin, uniform
+from kalman_flax.filtered.belief import Known, Lost, Operand, Root, coin, uniform
 from kalman_flax.filtered.explain import Row
 from kalman_flax.filtered.marker import Normalizer, kalman_norm_p
 from kalman_flax.filtered.packing import kind_of, pack, unpack
@@ -113,11 +113,27 @@ Rule = Callable[[Interpreter, Any, list[Operand]], list[Operand]]
 def _inline(interpreter: Interpreter, equation: Any, operands: Any) -> list[Operand]:
     """jit, closed_call: as if written out, so that pointwise functions stay whole."""
     inner = _program(equation)
+    if equation.params.get("name") == "_resize" and in_library(inner.jaxpr):
+        return _resize(equation, operands)
     operands = _constrain(operands, equation.params.get("in_shardings"))
     site = place(equation) if in_library(inner.jaxpr) else None
     with interpreter.called_at(site):
         outputs = interpreter.run(inner.jaxpr, inner.consts, operands)
     return _constrain(outputs, equation.params.get("out_shardings"))
+
+
+def _resize(equation: Any, operands: Sequence[Operand]) -> list[Operand]:
+    """`jax.image.resize`: weighs neighbours, taken as fully correlated, by weights that
+    sum to 1, as `kalman_flax.filter.predict_average` does."""
+    image, *_ = operands
+    (output,) = bind(equation, operands)
+    belief, axis = image.belief, getattr(image.belief, "axis", None)
+    if isinstance(belief, Known):
+        belief = belief.laid_out(axis)
+        belief.through = (*belief.through, "resize")
+    if axis is not None and output.shape[axis] != image.value.shape[axis]:
+        belief = Lost(f"resize at {place(equation)}: of the channels")
+    return [Operand(output, belief)]
 
 
 def _program(equation: Any) -> ClosedJaxpr:
