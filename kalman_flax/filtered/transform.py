@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,10 +35,16 @@ _options = jax.make_user_context(default_value=None)
 
 #: options of `KalmanNorm` that need parameters, for which an `nn.BatchNorm` has no room
 _NEEDS_PARAMETERS = ("learn_gain", "noise")
-_OPTIONS = (
-    "gain", "rule", "hand_on", "outlier_ratio", "decay_steps", *_NEEDS_PARAMETERS,
-    "momentum", "epsilon", "dtype", "axis_name", "axis_index_groups",
-)  # fmt: skip
+#: attributes of the model's own, which decide over its variables
+_OF_THE_MODEL = {
+    "parent", "name", "use_running_average", "axis", "param_dtype", "use_bias",
+    "use_scale", "bias_init", "scale_init",
+}  # fmt: skip
+_OPTIONS = [
+    field.name
+    for field in dataclasses.fields(KalmanNorm)
+    if field.name not in _OF_THE_MODEL
+]
 
 
 def filtered(
@@ -293,8 +300,7 @@ def _check(
     for name, value in options.items():
         if name not in _OPTIONS:
             raise ValueError(
-                f"filtered has no option {name!r}; those of KalmanNorm are"
-                f" {list(_OPTIONS)}."
+                f"filtered has no option {name!r}; those of KalmanNorm are {_OPTIONS}."
             )
         if name in _NEEDS_PARAMETERS and value is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What `filtered` takes and refuses, what it leaves alone, and what it costs."""
 
 import functools
+import warnings
 
 import chex
 import flax.linen as nn
@@ -191,6 +192,19 @@ def test_explain_of_signals():
     norm = kf.KalmanNorm(False)
     row = kf.explain(norm.apply, norm.init(KEY, IMAGES), IMAGES, mutable=True).rows[0]
     assert not row.predicted and "Signal" in row.lost_at
+
+
+def test_a_plain_array_in_training_is_warned_of():
+    """With what mends it; not in initialisation, in inference, or in `filtered`."""
+    net = Net(kf.KalmanNorm)
+    apply = kf.filtered(net.apply, input_states=STATES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        variables = net.init(KEY, IMAGES, True)
+        net.apply(variables, IMAGES, train=False)
+        apply(variables, IMAGES, **TRAIN)
+    with pytest.warns(UserWarning, match=r"kalman_flax\.filtered"):
+        net.apply(variables, IMAGES, **TRAIN)
 
 
 def test_costs_what_signals_cost():
