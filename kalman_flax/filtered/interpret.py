@@ -209,8 +209,14 @@ def _refusal(norm: Normalizer, lost_at: str) -> str:
 
 
 def _full(state: KalmanState, channels: int) -> KalmanState:
-    """The state ``[C]`` of what a normaliser without scale and bias puts out, too."""
-    return KalmanState(*(jnp.broadcast_to(stat, (channels,)) for stat in state))
+    """The state ``[C]`` of what a normaliser without scale and bias puts out, too: its
+    scalars, which a Signal repeats along its last axis, wherever the channels are."""
+
+    def fill(stat: jax.Array) -> jax.Array:
+        one = stat.ndim and stat.shape[0] != channels
+        return jnp.broadcast_to(stat[:1] if one else stat, (channels,))
+
+    return KalmanState(*map(fill, state))
 
 
 def _literal(equation: Any, operands: Sequence[Operand]) -> Operand | None:
