@@ -175,7 +175,7 @@ class Interpreter:
             raise ValueError(_refusal(norm, lost_at))
         facts = {}
         if self.explain:
-            gain = norm.gain(*leaves) if leaves else None
+            gain = norm.gain(x.value, *leaves) if leaves else None
             facts = report(norm.module, x.value, state, axis, gain)
         through = x.belief.through if isinstance(x.belief, Known) else ()
         self.rows.append(Row(norm.path, state is not None, through, lost_at, **facts))

@@ -62,14 +62,13 @@ class Normalizer:
         learned = (
             jax.tree.unflatten(self.variables, flags)[0]["params"] for _, flags in batch
         )
-        of_parameters = self.module.hand_on == "normalized"
+        of_parameters = self.module.propagate == "normalized"
         return of_parameters and not any(map(any, map(jax.tree.leaves, learned)))
 
-    def gain(self, *leaves: jax.Array) -> jax.Array | float:
+    def gain(self, x: jax.Array, *leaves: jax.Array) -> jax.Array | float:
         """Returns q."""
         variables, _ = jax.tree.unflatten(self.variables, leaves)
-        scale = jax.tree.leaves(variables["batch_stats"]["mean"])[0]
-        parameters, _ = self.module.bind(variables)._variables(scale.shape[-1])
+        parameters, _ = self.module.bind(variables)._variables(x)
         return parameters.gain
 
 

@@ -54,7 +54,7 @@ def filtered(
     strict: bool = False,
     kernel_map: KernelMap | None = None,
     **options: Any,
-) -> Filtered | FilteredModule:
+) -> FilteredFunction | FilteredModule:
     """Runs the Kalman filter through the program of an unmodified Flax model.
 
         apply = kf.filtered(model.apply, input_states={1: kf.KalmanState(0.0, 1.0)})
@@ -93,10 +93,10 @@ def filtered(
     _check(fn, input_states, options)
     if isinstance(fn, nnx.Module):
         return FilteredModule(fn, input_states, strict, kernel_map, options)
-    return Filtered(fn, input_states, strict, kernel_map, options)
+    return FilteredFunction(fn, input_states, strict, kernel_map, options)
 
 
-class Filtered:
+class FilteredFunction:
     """What `filtered` returns: call it as the function itself."""
 
     def __init__(
@@ -258,11 +258,11 @@ class FilteredModule:
         """The rows of `kalman_flax.explain`."""
         return self._filtered().explain_call((nnx.state(self._model), *args), kwargs)
 
-    def _filtered(self) -> Filtered:
+    def _filtered(self) -> FilteredFunction:
         """Of the module as it is now: ``train()`` and ``eval()`` change it."""
         _, kernel_map, options = self._settings
         fn = functional(self._model, options, inference=kernel_map is not None)
-        return Filtered(fn, self._input_states, *self._settings)
+        return FilteredFunction(fn, self._input_states, *self._settings)
 
 
 class Traced(NamedTuple):

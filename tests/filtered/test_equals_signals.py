@@ -49,7 +49,7 @@ def close(actual, expected):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gain": 0.3, "rule": "paper", "hand_on": "raw"}, {"outlier_ratio": 1.1}],
+    [{}, {"gain": 0.3, "rule": "paper", "propagate": "raw"}, {"outlier_ratio": 1.1}],
 )
 def test_step(variables, options):
     signals = signal_resnet.ResNet(options=tuple(options.items()))
