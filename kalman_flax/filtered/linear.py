@@ -34,13 +34,15 @@ def convolution(op: Operation) -> Known:
         ]
         size = [n - low - high for n, (low, high) in zip(size, pads)]
     kernel = kernel_last(op.operands[1].value, kernels)
+    dilated = any(n > 1 for n in params["lhs_dilation"])
+    apart = {"input_dilation": params["lhs_dilation"]} if dilated else {}
     state = predict_conv(
         before.of_channels(kernel.shape[-2] * params["feature_group_count"]),
         kernel,
         size,
         strides=params["window_strides"],
         padding=padding,
-        input_dilation=params["lhs_dilation"],
+        **apart,
         kernel_dilation=params["rhs_dilation"],
         feature_group_count=params["feature_group_count"],
     )
