@@ -5,6 +5,7 @@ The names below are what networks are built of. The rest has a room of its own:
     kf.filter     pure functions over `KalmanState`: observe, predict_*, update, ...
     kf.baselines  the normalisers that ours are compared with
     kf.models     the networks
+    kf.nnx        `KalmanNorm` for Flax NNX
     kf.inference  other statistics to infer by, checkpoints in and out
 """
 
@@ -16,8 +17,12 @@ from kalman_flax import baselines as baselines
 from kalman_flax import filter as filter
 from kalman_flax import inference as inference
 from kalman_flax import models as models
+from kalman_flax import nnx as nnx
 from kalman_flax._filter.state import KalmanState as KalmanState
 from kalman_flax._kernels import compiler_options as compiler_options
+from kalman_flax.filtered.explain import explain as explain
+from kalman_flax.filtered.rules import register_rule as register_rule
+from kalman_flax.filtered.transform import filtered as filtered
 from kalman_flax.inference.checkpoint import export_batch_norm as export_batch_norm
 from kalman_flax.inference.checkpoint import load_batch_norm as load_batch_norm
 from kalman_flax.inference.running import merge_running as merge_running

@@ -29,6 +29,7 @@ from kalman_flax.layers.normalizer import (
 )
 from kalman_flax.layers.remat import keep
 from kalman_flax.layers.signal import Signal, as_signal, state_of
+from kalman_flax.layers.unpredicted import warn_of_plain_array
 
 LearnGain = Literal["scalar", "channel"]
 Noise = Literal["additive", "multiplicative"]
@@ -200,6 +201,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         predicted = self._predicted(Signal(value, as_signal(x).state))
         if use_running_average:
             return Filtered(value, running)
+        if not isinstance(x, Signal):
+            warn_of_plain_array(self)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
         value = hold(value)
         observed = self._observe(
