@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -23,3 +25,13 @@ def second_moment(
             share: so is the square of the difference to.
     """
     return state.var + jnp.square(state.mean - centre) / share
+
+
+def predict_mixture(
+    states: Sequence[KalmanState], shares: Sequence[jax.Array | float]
+) -> KalmanState:
+    """State of values that are from each of `states` by its share: means of the means,
+    and of the variances with that of the means. Exact; shares sum to 1."""
+    mean = sum(share * s.mean for s, share in zip(states, shares))
+    var = sum(share * second_moment(s, mean) for s, share in zip(states, shares))
+    return KalmanState(mean, var)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kalman_flax._filter.mixture import predict_mixture
 from kalman_flax._filter.predict import predict_concatenate, predict_pad_channels
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered.belief import Known, Operand
 from kalman_flax.filtered.operation import Operation, Unknown, per_channel
-from kalman_flax.filtered.pointwise import predict_mixture
 
 
 def transpose(op: Operation) -> Known:

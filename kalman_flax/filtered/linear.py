@@ -8,11 +8,10 @@ import numpy as np
 
 from kalman_flax._filter.convolution import predict_conv
 from kalman_flax._filter.observe import observe
-from kalman_flax._filter.predict import predict_dense
+from kalman_flax._filter.predict import predict_dense, predict_product
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered.belief import Known
 from kalman_flax.filtered.operation import Operation, Unknown
-from kalman_flax.filtered.pointwise import predict_product
 
 
 def convolution(op: Operation) -> Known:
@@ -34,15 +33,13 @@ def convolution(op: Operation) -> Known:
         ]
         size = [n - low - high for n, (low, high) in zip(size, pads)]
     kernel = kernel_last(op.operands[1].value, kernels)
-    dilated = any(n > 1 for n in params["lhs_dilation"])
-    apart = {"input_dilation": params["lhs_dilation"]} if dilated else {}
     state = predict_conv(
         before.of_channels(kernel.shape[-2] * params["feature_group_count"]),
         kernel,
         size,
         strides=params["window_strides"],
         padding=padding,
-        **apart,
+        input_dilation=params["lhs_dilation"],
         kernel_dilation=params["rhs_dilation"],
         feature_group_count=params["feature_group_count"],
     )

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kalman_flax._filter.predict import predict_affine, predict_relu, predict_sum
+from kalman_flax._filter.mixture import predict_mixture
+from kalman_flax._filter.predict import (
+    predict_affine,
+    predict_product,
+    predict_relu,
+    predict_sum,
+)
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered.belief import Known, Operand
 from kalman_flax.filtered.operation import (
@@ -21,24 +27,6 @@ from kalman_flax.filtered.operation import (
 )
 
 Independent = Callable[..., KalmanState]
-
-
-def predict_product(a: KalmanState, b: KalmanState) -> KalmanState:
-    """State of the product of two independent signals (Goodman, 1960). Exact."""
-    var = a.var * b.var + a.var * jnp.square(b.mean) + b.var * jnp.square(a.mean)
-    return KalmanState(a.mean * b.mean, var)
-
-
-def predict_mixture(
-    states: Sequence[KalmanState], shares: Sequence[jax.Array | float]
-) -> KalmanState:
-    """State of values that are from each of `states` by its share: means of the means,
-    and of the variances with that of the means. Exact; shares sum to 1."""
-    mean = sum(share * s.mean for s, share in zip(states, shares))
-    var = sum(
-        share * (s.var + jnp.square(s.mean - mean)) for s, share in zip(states, shares)
-    )
-    return KalmanState(mean, var)
 
 
 def _difference(a: KalmanState, b: KalmanState) -> KalmanState:
