@@ -9,8 +9,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Batch norm and Kalman Normalization side by side on the embedded digits.
 train: .venv/installed
-	$(BIN)/python -m train.compare --config=configs/experiments/digits.py --norms=batch,kalman \
-		--micro_batch_sizes=2 --workdir=runs/digits
+	$(BIN)/python -m train.compare --config=configs/experiments/digits.py --norms=batch,kalman_wc \
+		--micro_batch_sizes=1 --workdir=runs/digits
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2

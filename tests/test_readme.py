@@ -1,6 +1,7 @@
-"""The README's code, run as printed, in order.
+"""The code of the README and the guide, run as printed, in order.
 
-What loads an exported network is run in `tests/train/commands/test_export.py`.
+What loads an exported network (docs/training.md) is run in
+`tests/train/commands/test_export.py`.
 """
 
 import pathlib
@@ -8,20 +9,31 @@ import re
 
 import chex
 import jax.numpy as jnp
+import pytest
 
 import kalman_flax as kf
 
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", pathlib.Path("README.md").read_text(), re.M | re.S
-)
 
-
-def test_code_blocks_run_and_keep_their_promises():
+def run(page):
+    """Runs the code blocks of a page, and returns the names that they leave."""
     names = {}
-    for block in BLOCKS:
-        if "jax.export" in block:
-            continue
-        exec(compile(block, "README.md", "exec"), names)
+    for block in re.findall(
+        r"^```python\n(.*?)^```", pathlib.Path(page).read_text(), re.M | re.S
+    ):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_the_readme(capsys):
+    names = run("README.md")
+    chex.assert_shape(names["logits"], (2, 10))
+    assert "2 of 2 normalisers predicted" in capsys.readouterr().out
+
+
+def test_the_guide(capsys):
+    names = run("docs/guide.md")
+    assert "2 of 2 normalisers predicted" in capsys.readouterr().out
+    assert [row.lost_at for row in names["report"].rows] == [None, None]
     network, variables = names["Net"](), names["variables"]
     logits = network.apply(variables, names["images"], True)
     chex.assert_trees_all_close(names["served"], logits, rtol=1e-4, atol=1e-5)
@@ -29,3 +41,13 @@ def test_code_blocks_run_and_keep_their_promises():
     chex.assert_trees_all_equal_shapes(names["batch_stats"], variables["batch_stats"])
     output = kf.filter.observe(names["y"])
     assert jnp.abs(output.mean).max() < 1 and jnp.abs(output.var - 1).max() < 1
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *map(str, sorted(pathlib.Path("docs").glob("*.md")))]
+)
+def test_links_lead_somewhere(page):
+    page = pathlib.Path(page)
+    text = re.sub(r"`[^`]*`", "", page.read_text())
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), f"{page}: {link}"

@@ -231,6 +231,7 @@ def draw_dots(axis: Any, members: dict[str, list[Run]], headline: str) -> None:
                 color=color,
                 fontweight="bold",
             )
+    axis.margins(x=0.12)  # room for what is written
     axis.set_yticks(range(len(ranked)), ranked)
     axis.set_ylim(max(len(ranked), 1) - 0.5, -0.5)
     title = metric_name(headline)

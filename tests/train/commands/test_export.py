@@ -44,11 +44,11 @@ def exported(tmp_path_factory):
     return root / "exported", images, np.asarray(logits)
 
 
-def test_the_snippet_of_the_readme_runs_without_this_project(exported):
+def test_the_snippet_of_the_documents_runs_without_this_project(exported):
     folder, _, expected = exported
-    readme = pathlib.Path("README.md").read_text()
+    page = pathlib.Path("docs/training.md").read_text()
     [snippet] = re.findall(
-        r"^```python\n((?:(?!^```).)*?jax\.export.*?)^```", readme, re.M | re.S
+        r"^```python\n((?:(?!^```).)*?jax\.export.*?)^```", page, re.M | re.S
     )
     program = snippet + textwrap.dedent("""
         import sys
