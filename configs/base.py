@@ -30,10 +30,11 @@ def get_config() -> ConfigDict:
 
     # Network
     config.network = "cifar_resnet"  # a name in kalman_flax.NETWORKS
-    # of cifar_resnet alone, the pre-activation ResNet of 6n + 2 layers:
+    # of cifar_resnet and cifar_resnet_v1 alone, of 6n + 2 layers:
     config.blocks_per_stage = 1  # n
-    config.width = 16
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
+    # of every network but small_inception: channels of its first stage; 0: its own
+    config.width = 0
     # of every network:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     # Holds less: norms and activations are computed again in the backward pass.

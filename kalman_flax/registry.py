@@ -117,6 +117,11 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "cifar_resnet": ResNet,
     "resnet32": functools.partial(ResNet, blocks_per_stage=5),
     "resnet110": functools.partial(ResNet, blocks_per_stage=18),
+    "cifar_resnet_v1": functools.partial(ResNet, pre_activation=False),
+    "resnet32_v1": functools.partial(ResNet, blocks_per_stage=5, pre_activation=False),
+    "resnet110_v1": functools.partial(
+        ResNet, blocks_per_stage=18, pre_activation=False
+    ),
     "nf_resnet": NFResNet,  # by itself, or with the norm "normalizer_free"
     "small_inception": SmallInception,
     # For 224x224 images
