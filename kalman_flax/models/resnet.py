@@ -88,7 +88,7 @@ class ResNet(Network):
     KN experiments build it: shortcuts are pooled, and a norm and an activation end it.
     Otherwise it is the original, He et al. (2015, "Deep residual learning", section
     4.2), which the text of the KN paper cites: blocks of `OriginalBlock`, shortcuts
-    that keep every second position (option A), and as many parameters, to a few norms.
+    that keep every second position (option A), and as many parameters.
 
     Attributes are those of `Network`, and:
 
