@@ -30,8 +30,9 @@ def get_config() -> ConfigDict:
 
     # Network
     config.network = "cifar_resnet"  # a name in kalman_flax.NETWORKS
-    # of cifar_resnet and cifar_resnet_v1 alone, of 6n + 2 layers:
+    # of cifar_resnet, cifar_resnet_v1 and nf_resnet, of 6n + 2 layers:
     config.blocks_per_stage = 1  # n
+    # of the first two alone:
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
     # of every network but small_inception: channels of its first stage; 0: its own
     config.width = 0

@@ -67,9 +67,7 @@ class OriginalBlock(nn.Module):
         y = conv(strides=self.strides, name="conv1")(x)
         y = self.activation(self.norm(name="norm1")(y))
         y = self.norm(name="norm2")(conv(name="conv2")(y))
-        return self.activation(
-            y + _shortcut(x, self.features, self.strides, window=1)
-        )
+        return self.activation(y + _shortcut(x, self.features, self.strides, window=1))
 
 
 def _shortcut(x: Signal, features: int, strides: int, window: int) -> Signal:

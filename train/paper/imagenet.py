@@ -57,7 +57,6 @@ def _readings(
     }
 
 
-
 TABLE1 = Trained(
     "ImageNet top-1 accuracy and steps to 73.1 %, batch size 32",
     imagenet.get_config(),

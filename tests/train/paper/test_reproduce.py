@@ -123,10 +123,12 @@ def test_both_readings_of_8_gpus(name):
     """Beside the same number of the paper, at one rate for each image."""
     cells = TRAINED[name].cells()
     images = {config.batch_size for config in cells.values()}
-    micro_batch, = {config.micro_batch_size for config in cells.values()}
+    (micro_batch,) = {config.micro_batch_size for config in cells.values()}
     assert images == {256, 8 * micro_batch}
     for (row, column), config in cells.items():
-        paper = TRAINED[name].printed.get((row.removesuffix(OURS), column.split(",")[0]))
+        paper = TRAINED[name].printed.get(
+            (row.removesuffix(OURS), column.split(",")[0])
+        )
         assert TRAINED[name]._paper(row, column) == (paper or "")
         assert config.learning_rate / config.batch_size == pytest.approx(0.1 / 256)
     if name == "table5":
