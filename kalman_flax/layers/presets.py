@@ -61,8 +61,8 @@ ReleasedKalmanNorm = functools.partial(
     KalmanNorm, gain=0.1, propagate="raw", outlier_ratio=_LIMIT
 )
 
-#: Eq. 7 with all it learns, a scalar q from 0.1 and a diagonal R, on the state of what the
-#: kernel reads: the paper's KN where that has to be trained.
+#: Eq. 7 with all it learns, a scalar q from 0.1 and a diagonal R, on the state of what
+#: the kernel reads: the paper's KN, as it trains.
 PaperKalmanNorm = functools.partial(
     KalmanNorm, gain=0.1, learn_gain="scalar", noise="additive", rule="paper"
 )

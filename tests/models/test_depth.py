@@ -1,7 +1,7 @@
 """The networks of the paper's Tables 1, 4 and 5 at their depth, but slim: they learn.
 
-Compiled as a whole each takes minutes. So their blocks are compiled one by one, and those
-that are alike once.
+Compiled as a whole each takes minutes. So their blocks are compiled one by one, and
+those that are alike once.
 """
 
 import functools
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from sklearn.datasets import load_digits
 
 import kalman_flax as kf
@@ -34,16 +35,21 @@ class Blockwise:
             key = self.norm, block, repr(described)
             if key not in self.compiled:
                 made = block(*args, **options, parent=None)
-                apply = functools.partial(made.apply, mutable=["batch_stats"])
+                apply = functools.partial(
+                    made.apply, mutable=["batch_stats", "intermediates"]
+                )
                 self.compiled[key] = jax.jit(apply)
             return functools.partial(self._call, self.compiled[key], name)
 
         return build
 
     def _call(self, block, name, x):
-        variables = {c: tree[name] for c, tree in self.variables.items()}
+        collections = "params", "batch_stats"
+        variables = {c: self.variables[c][name] for c in collections}
         y, written = block(variables, x)
-        self.put_variable("batch_stats", name, written["batch_stats"])
+        for collection, tree in written.items():
+            if self.is_mutable_collection(collection):
+                self.put_variable(collection, name, tree)
         return y
 
 
@@ -80,14 +86,46 @@ def normalization(name):
     return kf.normalization(name, momentum=0.9)
 
 
-def overfit(network, norm):
-    """Trains on the digits; returns the share told right, update by update."""
-    images, labels = few_digits()
+def build(network, norm):
+    """The network and its variables."""
     net = NETWORKS[network](
         num_classes=10, width=WIDTH, **normalization(norm)._asdict()
     )
-    image = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
-    variables = net.lazy_init(jax.random.key(0), image, True)
+    images = jax.ShapeDtypeStruct((MICRO_BATCH, SIZE, SIZE, 1), jnp.float32)
+    return net, net.lazy_init(jax.random.key(0), images, True)
+
+
+def worst_ratio(network, norm):
+    """Of the variance predicted to that observed, the mean over a layer, at the start;
+    the one whose logarithm is the largest."""
+    net, variables = build(network, norm)
+    images, _ = few_digits()
+    mutable = ["batch_stats", "intermediates"]
+    _, written = net.apply(variables, images[0], False, mutable=mutable)
+    found = traverse_util.flatten_dict(written["intermediates"])
+    ratios = [
+        float(jnp.mean(predicted.var / found[*path[:-1], "observed"].var))
+        for path, predicted in found.items()
+        if path[-1] == "predicted"
+    ]
+    assert len(ratios) > 50
+    return max(ratios, key=lambda ratio: abs(np.log(ratio)))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_predictions_keep_their_scale(network):
+    assert 1 / 20 < worst_ratio(network, "kalman_paper") < 20
+
+
+@pytest.mark.filterwarnings("ignore:LiteralPaperKalmanNorm")
+def test_those_of_the_literal_reading_do_not():
+    assert worst_ratio("resnet50", "kalman_paper_literal") > 1e3
+
+
+def overfit(network, norm):
+    """Trains on the digits; returns the share told right, update by update."""
+    images, labels = few_digits()
+    net, variables = build(network, norm)
     params, stats = variables["params"], variables["batch_stats"]
     optimizer = optax.sgd(RATE, momentum=0.9)
     momentum = optimizer.init(params)
@@ -119,6 +157,14 @@ def overfit(network, norm):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("norm", ["batch", "kalman", "kalman_paper"])
-def test_learns_at_depth(norm):
-    assert np.mean(overfit("resnet50", norm)[-5:]) > 0.9
+def test_learns_at_its_depth(norm, network):
+    assert np.mean(overfit(network, norm)[-5:]) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LiteralPaperKalmanNorm")
+def test_the_literal_reading_does_not_learn():
+    assert np.mean(overfit("resnet50", "kalman_paper_literal")[-5:]) < 0.5

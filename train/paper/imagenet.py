@@ -5,16 +5,17 @@ have the parameters of Table 2. "Ours" is `kalman_wc`. Group norm has the 32 gro
 its authors.
 
 "Batch size" is the micro-batch, one a GPU, and "the gradients are aggregated over 8
-GPUs": 256 images an update in Table 1. In Tables 4 and 5 the text says 32 and 8, and the
-released code, which has updates of 128 at a micro-batch of 2, suggests as many as in
-Table 1. Both readings are run, at a learning rate in proportion. That Inception-v2 has
-45.9 % after 120,000 updates speaks for 256: of 8 they are three quarters of an epoch.
+GPUs": 256 images an update in Table 1. For Tables 4 and 5 that makes 32 and 8. But the
+released code has updates of 128 at a micro-batch of 2, which suggests as many images as
+in Table 1. Both readings are run, at learning rates in proportion. For 256 speaks that
+Inception-v2 has 45.9 % after 120,000 updates: of 8 images they are three quarters of an
+epoch.
 
-The schedule is left out as well: see configs/experiments/imagenet.py. Under it the rate
-first falls at 150,000 updates, and 73.1 % is not to be had by the 100,000 of Table 1. So
-that column has a schedule of its own: the 170,000 updates of batch norm are 34 epochs of
-256 images, and the rate falls tenfold at 10, 18 and 26, the second time 10,000 updates
-before KN is to be there. All this is our guess.
+The schedule is left out as well: see configs/experiments/imagenet.py. There the rate
+first falls at 150,000 updates, too late for the 73.1 % of Table 1 at 100,000. So that
+column has a schedule of its own, our guess. The 170,000 updates of batch norm are 34
+epochs of 256 images. The rate falls tenfold at 10, 18 and 26 epochs, the second time
+10,000 updates before KN is to be there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _FAST = {"epochs": 34, "step_epochs": (10, 18, 26)}
 
 
 def _of_8_gpus(micro_batch_size: int) -> dict[str, Any]:
-    """One micro-batch on each of 8 GPUs an update, and a learning rate to go with it."""
+    """One micro-batch on each of 8 GPUs an update, and the learning rate for that."""
     images, full = 8 * micro_batch_size, imagenet.get_config()
     rate = full.learning_rate * images / full.batch_size
     return {"batch_size": images, "learning_rate": rate}
