@@ -161,10 +161,11 @@ def overfit(network, norm):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("norm", ["batch", "kalman", "kalman_paper"])
 def test_learns_at_its_depth(norm, network):
-    assert np.mean(overfit(network, norm)[-5:]) > 0.9
+    """Of ten classes. After 30 updates a ResNet-101 has not yet learned all images."""
+    assert np.mean(overfit(network, norm)[-5:]) > 0.6
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LiteralPaperKalmanNorm")
 def test_the_literal_reading_does_not_learn():
-    assert np.mean(overfit("resnet50", "kalman_paper_literal")[-5:]) < 0.5
+    assert np.mean(overfit("resnet50", "kalman_paper_literal")[-5:]) < 0.3
