@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.plugins = ()
 
     # Data
-    # digits, cifar10, cifar100, svhn_cropped (with its extra images), in memory; or
+    # digits, digits32, cifar10, cifar100, svhn_cropped (with extra), in memory; or
     # imagenet2012, folder (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk
     config.dataset = "digits"
     config.train_examples = 0  # use the first so many training images; 0: all
