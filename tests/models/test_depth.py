@@ -122,7 +122,7 @@ def test_those_of_the_literal_reading_do_not():
     assert worst_ratio("resnet50", "kalman_paper_literal") > 1e3
 
 
-def overfit(network, norm):
+def overfit(network, norm, updates=UPDATES):
     """Trains on the digits; returns the share told right, update by update."""
     images, labels = few_digits()
     net, variables = build(network, norm)
@@ -150,7 +150,7 @@ def overfit(network, norm):
         return optax.apply_updates(params, updates), momentum
 
     found = []
-    for _ in range(UPDATES):
+    for _ in range(updates):
         grads, (stats, accuracy) = jax.grad(loss, has_aux=True)(params, stats)
         params, momentum = move(params, grads, momentum)
         found.append(float(accuracy))
@@ -161,8 +161,9 @@ def overfit(network, norm):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("norm", ["batch", "kalman", "kalman_paper"])
 def test_learns_at_its_depth(norm, network):
-    """Of ten classes. After 30 updates a ResNet-101 has not yet learned all images."""
-    assert np.mean(overfit(network, norm)[-5:]) > 0.6
+    """Most of the images of ten classes, and not yet all: a ResNet-101 is slow."""
+    updates = 2 * UPDATES if network == "resnet101" else UPDATES
+    assert np.mean(overfit(network, norm, updates)[-5:]) > 0.6
 
 
 @pytest.mark.slow
