@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.plugins = ()
 
     # Data
-    # digits, cifar10, cifar100, svhn_cropped (with its extra images), in memory; or
+    # digits, digits32, cifar10, cifar100, svhn_cropped (with extra), in memory; or
     # imagenet2012, folder (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk
     config.dataset = "digits"
     config.train_examples = 0  # use the first so many training images; 0: all
@@ -30,10 +30,12 @@ def get_config() -> ConfigDict:
 
     # Network
     config.network = "cifar_resnet"  # a name in kalman_flax.NETWORKS
-    # of cifar_resnet alone, the pre-activation ResNet of 6n + 2 layers:
+    # of cifar_resnet, cifar_resnet_v1 and nf_resnet, of 6n + 2 layers:
     config.blocks_per_stage = 1  # n
-    config.width = 16
+    # of the first two alone:
     config.scan_blocks = False  # nn.scan over equal blocks; slow on CPU
+    # of every network but small_inception: channels of its first stage; 0: its own
+    config.width = 0
     # of every network:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     # Holds less: norms and activations are computed again in the backward pass.

@@ -37,13 +37,15 @@ from kalman_flax.layers.functions import relu as relu
 from kalman_flax.layers.functions import resize as resize
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm as GroupKalmanNorm
 from kalman_flax.layers.kalman_norm import KalmanNorm as KalmanNorm
-from kalman_flax.layers.kalman_norm import PaperKalmanNorm as PaperKalmanNorm
-from kalman_flax.layers.kalman_norm import ReleasedKalmanNorm as ReleasedKalmanNorm
 from kalman_flax.layers.linear import Conv as Conv
 from kalman_flax.layers.linear import ConvTranspose as ConvTranspose
 from kalman_flax.layers.linear import Dense as Dense
 from kalman_flax.layers.linear import centre_kernel as centre_kernel
 from kalman_flax.layers.linear import standardize_kernel as standardize_kernel
+from kalman_flax.layers.presets import LiteralPaperKalmanNorm as LiteralPaperKalmanNorm
+from kalman_flax.layers.presets import PaperGroupKalmanNorm as PaperGroupKalmanNorm
+from kalman_flax.layers.presets import PaperKalmanNorm as PaperKalmanNorm
+from kalman_flax.layers.presets import ReleasedKalmanNorm as ReleasedKalmanNorm
 from kalman_flax.layers.remat import remat as remat
 from kalman_flax.layers.signal import Signal as Signal
 from kalman_flax.registry import NETWORKS as NETWORKS

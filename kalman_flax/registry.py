@@ -33,15 +33,17 @@ from kalman_flax.baselines.scaled_weight_norm import scaled_relu, scaled_weight_
 from kalman_flax.baselines.weight_norm import Bias, weight_norm_conv
 from kalman_flax.layers.functions import relu
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
-from kalman_flax.layers.kalman_norm import (
-    KalmanNorm,
-    PaperKalmanNorm,
-    ReleasedKalmanNorm,
-)
+from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.linear import (
     Conv,
     centre_kernel,
     standardize_kernel,
+)
+from kalman_flax.layers.presets import (
+    LiteralPaperKalmanNorm,
+    PaperGroupKalmanNorm,
+    PaperKalmanNorm,
+    ReleasedKalmanNorm,
 )
 from kalman_flax.layers.signal import Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet
@@ -102,12 +104,19 @@ NORMALIZERS: dict[str, Normalization] = {
     # By the filter
     "kalman": Normalization(KalmanNorm),
     "kalman_paper": Normalization(PaperKalmanNorm),
+    "kalman_paper_mc": Normalization(
+        PaperKalmanNorm, conv=functools.partial(Conv, transition="monte_carlo")
+    ),
+    "kalman_paper_literal": Normalization(LiteralPaperKalmanNorm),
     "kalman_mc": Normalization(
         KalmanNorm, conv=functools.partial(Conv, transition="monte_carlo")
     ),
     # The released code starts with no state: its first normaliser only observes.
     "kalman_released": Normalization(ReleasedKalmanNorm, input_state=None),
     "group_kalman": Normalization(functools.partial(GroupKalmanNorm, num_groups=4)),
+    "group_kalman_paper": Normalization(
+        functools.partial(PaperGroupKalmanNorm, num_groups=4)
+    ),
 }
 
 #: Call with ``num_classes``, and what `normalization` returns:
@@ -117,6 +126,11 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "cifar_resnet": ResNet,
     "resnet32": functools.partial(ResNet, blocks_per_stage=5),
     "resnet110": functools.partial(ResNet, blocks_per_stage=18),
+    "cifar_resnet_v1": functools.partial(ResNet, pre_activation=False),
+    "resnet32_v1": functools.partial(ResNet, blocks_per_stage=5, pre_activation=False),
+    "resnet110_v1": functools.partial(
+        ResNet, blocks_per_stage=18, pre_activation=False
+    ),
     "nf_resnet": NFResNet,  # by itself, or with the norm "normalizer_free"
     "small_inception": SmallInception,
     # For 224x224 images

@@ -17,10 +17,13 @@ CLASSES = {
     "frozen_batch": kf.baselines.FrozenBatchNorm,
     "group": kf.baselines.GroupNorm,
     "group_kalman": kf.GroupKalmanNorm,
+    "group_kalman_paper": kf.GroupKalmanNorm,
     "instance": kf.baselines.InstanceNorm,
     "kalman": KalmanNorm,
     "kalman_mc": KalmanNorm,
     "kalman_paper": KalmanNorm,
+    "kalman_paper_literal": kf.LiteralPaperKalmanNorm,
+    "kalman_paper_mc": KalmanNorm,
     "kalman_released": KalmanNorm,
     "layer": kf.baselines.LayerNorm,
     "moving_average": kf.baselines.MovingAverageBatchNorm,
@@ -34,6 +37,7 @@ NO_MOMENTUM = {
     "filter_response",
     "group",
     "group_kalman",
+    "group_kalman_paper",
     "instance",
     "layer",
     "normalizer_free",
@@ -85,7 +89,7 @@ def test_names(name, suffix):
     else:
         centred = kf.centre_kernel if name == "moving_average" else None
         assert conv.kernel_map is (KERNEL_MAP[suffix] or centred)
-    assert (conv.transition == "monte_carlo") == (name == "kalman_mc")
+    assert (conv.transition == "monte_carlo") == name.endswith("_mc")
     known = None if name == "kalman_released" else KalmanState(0.0, 1.0)
     assert entry.input_state == known
     assert (entry.activation is not kf.relu) == (name in ACTIVATED)
@@ -113,7 +117,15 @@ def test_presets():
         "mixture",
         None,
     )
-    assert (paper.propagate, paper.rule, paper.noise) == ("raw", "paper", "additive")
+    literal = made(kf.normalization("kalman_paper_literal"))
+    assert (paper.propagate, literal.propagate) == ("normalized", "raw")
+    for norm in (paper, literal, made(kf.normalization("group_kalman_paper"))):
+        assert (norm.rule, norm.noise, norm.learn_gain, norm.gain) == (
+            "paper",
+            "additive",
+            "scalar",
+            0.1,
+        )
     assert (released.propagate, released.rule) == ("raw", "mixture")
     assert released.noise is None
     assert (paper.learn_gain, released.learn_gain) == ("scalar", None)
@@ -121,8 +133,8 @@ def test_presets():
 
 
 def test_options_set_attributes_and_override_presets():
-    norm = made(kf.normalization("kalman_paper_ws", gain=0.25, propagate="normalized"))
-    assert (norm.gain, norm.propagate, norm.rule) == (0.25, "normalized", "paper")
+    norm = made(kf.normalization("kalman_paper_ws", gain=0.25, propagate="raw"))
+    assert (norm.gain, norm.propagate, norm.rule) == (0.25, "raw", "paper")
     assert made(kf.normalization("group", num_groups=2)).num_groups == 2
 
 

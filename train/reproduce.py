@@ -12,8 +12,9 @@ workdir. Writes NAME.csv, NAME.json (with command, hardware, versions) and NAME.
 
     full   the paper's networks, data and, where it says one, schedule: days on GPUs
     short  to fit a day on one GPU; on CIFAR-10 some 20 minutes a run on a CPU core
-    smoke  two updates of a ResNet-8, on the embedded digits where a data set is not
-           there: shows that it runs, not how well
+    smoke  two updates of a ResNet-8, which show that it runs; for the ImageNet networks
+           thirty on one batch, slim but at their true depth, which show whether each
+           learns; on the embedded digits where a data set is not there
 
 What a run has less than the paper's stands below the table, and in the files.
 """

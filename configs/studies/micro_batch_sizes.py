@@ -29,6 +29,7 @@ SHARED = (
     "online",
     "evonorm_b0",
     "kalman_paper",
+    "kalman_paper_literal",
     "kalman_released",
     "kalman",
     "kalman_ws",

@@ -12,7 +12,7 @@ from jax import lax
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.predict import predict_affine, predict_group
 from kalman_flax._filter.state import KalmanState
-from kalman_flax._filter.update import normalize
+from kalman_flax._filter.update import Rule, choose, is_known, normalize
 from kalman_flax.layers.kalman_norm import (
     FilterParameters,
     LearnGain,
@@ -34,8 +34,8 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
     Use it where group norm would be used and the state is known.
 
     It filters every channel of every example, and takes from these the moments of the
-    group (`predict_group`). With the mixture rule of `update` that is the update of the
-    group itself by what was predicted and observed of it, and in addition it tells
+    group (`predict_group`). That is the update of the group itself, by either rule of
+    `update`, by what was predicted and observed of it, and in addition it tells
     what the channels are after normalisation: the group as a whole has mean 0 and
     variance 1, but a channel in it has gamma (mu_c - mu_group) / sigma_group + beta and
     (gamma sigma_c / sigma_group)^2. That is the state handed on. The paper's equations
@@ -52,6 +52,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             and unused.
         axis: of the channels.
         gain, learn_gain, noise: as in `KalmanNorm`.
+        rule: ``"mixture"`` or ``"paper"`` (Eq. 7), of the group, see `update`.
         propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the
             filtered moments of the input, those of the group for every channel.
 
@@ -74,6 +75,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
     gain: float = 0.1
     learn_gain: LearnGain | None = "scalar"
     noise: Noise | None = None
+    rule: Rule = "mixture"
     propagate: Propagate = "normalized"
 
     def __call__(
@@ -107,8 +109,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         predicted = self._predicted(Signal(value, as_signal(x).state), observed)
         if predicted is None or self.gain == 1.0:
             return Filtered(value, keep(observed))
-        filtered = self._combine(predicted, observed, parameters)
-        return Filtered(value, keep(filtered))
+        return Filtered(value, keep(self._filtered(predicted, observed, parameters)))
 
     def normalize(self, x: Filtered) -> Signal:
         """The second step: normalises what `filter` returned by its groups.
@@ -136,6 +137,24 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             f" {shape[-1:]}, or {shape}, one of each example. jax.vmap over several"
             " micro-batches."
         )
+
+    def _filtered(
+        self, predicted: KalmanState, observed: KalmanState, parameters: Parameters
+    ) -> KalmanState:
+        """Moments of each channel, whose group has those of `update` by the rule."""
+        filtered = self._combine(predicted, observed, parameters, self.rule)
+        if self.rule == "mixture":
+            return filtered
+        # p mu_pred + q x_bar varies over the group by less than p and q times what they
+        # do: by p q times the variance of x_bar - mu_pred, of which each channel gets
+        # its share.
+        known = choose(is_known(predicted), predicted, observed)
+        apart = observed.mean - known.mean
+        spread = predict_group(
+            KalmanState(apart, jnp.zeros_like(apart)), self.num_groups
+        )
+        q = parameters.gain
+        return filtered._replace(var=filtered.var + q * (1.0 - q) * spread.var)
 
     @nn.compact
     def _variables(self, channels: int) -> Parameters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -133,8 +132,9 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             ``noise`` ``[C]``.
         rule: ``"mixture"`` or ``"paper"``, see `update`.
         propagate: ``"normalized"``: the moments of the output, which is what enters the
-            next layer; or ``"raw"``: the filtered moments of the input, Eq. 7 to the
-            letter.
+            next layer; or ``"raw"``: the filtered moments of the input, which is what
+            Eq. 7 says literally and no stable filter in deep networks
+            (`kalman_flax.layers.presets` shows why).
         outlier_ratio: None, or the limit of `reject_outlier`.
         decay_steps: None, or the training steps over which q falls to 0 along half a
             cosine, as learning rates do. With as many as there are in the run, training
@@ -302,19 +302,3 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
 
 def _latest(_: Any, new: Any) -> Any:
     return new
-
-
-#: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
-ReleasedKalmanNorm = functools.partial(
-    KalmanNorm, gain=0.1, propagate="raw", outlier_ratio=100.0
-)
-
-#: Eq. 7 to the letter: raw state, scalar q learned from 0.1, additive diagonal R.
-PaperKalmanNorm = functools.partial(
-    KalmanNorm,
-    gain=0.1,
-    learn_gain="scalar",
-    noise="additive",
-    rule="paper",
-    propagate="raw",
-)

@@ -101,6 +101,11 @@ _V2 = {
 }
 
 
+def _in_proportion(features: int, width: int) -> int:
+    """`features` of a network of width 64, in one of `width`."""
+    return -(-features * width // 64)  # rounded up
+
+
 class InceptionV2(Network):
     """The BN-Inception of Ioffe and Szegedy, "Batch Normalization" (ICML 2015, figure
     5), for 224x224 images: GoogLeNet with the 5x5 convolutions made two 3x3 ones.
@@ -116,18 +121,29 @@ class InceptionV2(Network):
 
     Attributes:
         num_classes: number of logits.
+        width: channels of the first convolution; those of the others are in
+            proportion. 64 is the figure's.
     """
 
     num_classes: int
+    width: int = 64
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
-        x = layers.conv_norm_activation(x, 64, 7, strides=2, name="conv1")
+        wide = functools.partial(_in_proportion, width=self.width)
+        x = layers.conv_norm_activation(x, wide(64), 7, strides=2, name="conv1")
         x = max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        x = layers.conv_norm_activation(x, 64, 1, name="conv2_reduce")
-        x = layers.conv_norm_activation(x, 192, 3, name="conv2")
+        x = layers.conv_norm_activation(x, wide(64), 1, name="conv2_reduce")
+        x = layers.conv_norm_activation(x, wide(192), 3, name="conv2")
         x = max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         inception = self._block(Inception)
         for name, row in _V2.items():
+            row = row | {
+                "branches": [
+                    [(size, wide(features)) for size, features in branch]
+                    for branch in row["branches"]
+                ],
+                "projection": wide(row["projection"]),
+            }
             x = inception(**row, layers=layers, name=f"inception_{name}")(x)
         return x
 

@@ -49,10 +49,10 @@ def per_example(state):
     return [np.broadcast_to(stat, (2, CHANNELS)) for stat in state]
 
 
-def filtered_group(x, predicted, gain, mask=None):
+def filtered_group(x, predicted, gain, mask=None, rule="mixture"):
     """Eq. 6 and 7 on the group's own predicted and observed moments."""
     observed = reference.observe(x, "group", GROUPS, mask)
-    return reference.update(group(*per_example(predicted)), observed, gain, "mixture")
+    return reference.update(group(*per_example(predicted)), observed, gain, rule)
 
 
 def state(pair):
@@ -77,18 +77,20 @@ def moments(value):
 @pytest.mark.parametrize("shape", PREDICTED)
 @pytest.mark.parametrize("gain", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "mask"])
-def test_normalises_by_the_filtered_moments_of_groups(mask, gain, shape):
+@pytest.mark.parametrize("rule", ["mixture", "paper"])
+def test_normalises_by_the_filtered_moments_of_groups(rule, mask, gain, shape):
     predicted = PREDICTED[shape]
-    norm = GroupKalmanNorm(**FIXED, gain=gain)
+    norm = GroupKalmanNorm(**FIXED, gain=gain, rule=rule)
     y = apply(norm, Signal(jnp.float32(X), state(predicted)), PARAMS, mask=mask)
-    mean, var = filtered_group(X, predicted, gain, mask)
+    mean, var = filtered_group(X, predicted, gain, mask, rule)
     expected = reference.normalize(X, mean, var, SCALE, BIAS, EPSILON)
     np.testing.assert_allclose(y.value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients():
+@pytest.mark.parametrize("rule", ["mixture", "paper"])
+def test_gradients(rule):
     """By the value, the state, the gain's logit, noise, scale and bias."""
-    norm = GroupKalmanNorm(GROUPS, epsilon=EPSILON, noise="additive")
+    norm = GroupKalmanNorm(GROUPS, epsilon=EPSILON, noise="additive", rule=rule)
     params = PARAMS | {"gain": np.array(-0.5), "noise": RNG.normal(size=CHANNELS)}
 
     def ours(x, mean, var, params):
@@ -97,7 +99,7 @@ def test_gradients():
     def theirs(x, mean, var, params):
         gain = 1 / (1 + np.exp(-params["gain"]))
         noisy = mean, var + np.log1p(np.exp(params["noise"]))
-        by = filtered_group(x, noisy, gain)
+        by = filtered_group(x, noisy, gain, rule=rule)
         return reference.normalize(x, *by, params["scale"], params["bias"], EPSILON)
 
     arguments = (X, *PREDICTED["[N, C]"], params)

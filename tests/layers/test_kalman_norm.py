@@ -1,5 +1,7 @@
 """What the filter adds: gain, noise, rules, the state handed on, running statistics."""
 
+import warnings
+
 import chex
 import flax.linen as nn
 import jax
@@ -238,14 +240,46 @@ def test_prediction_matters_only_in_training(x):
 
 
 @pytest.mark.parametrize("preset, params", [
+    (kf.LiteralPaperKalmanNorm, {"scale", "bias", "gain", "noise"}),
     (kf.PaperKalmanNorm, {"scale", "bias", "gain", "noise"}),
     (kf.ReleasedKalmanNorm, {"scale", "bias"}),
-], ids=["paper", "released"])  # fmt: skip
+], ids=["literal", "paper", "released"])  # fmt: skip
 def test_presets(preset, params, x):
     norm = preset(**TRAIN)
     assert set(norm.init(KEY, x)["params"]) == params
     rule, add = ("mixture", 0) if preset is kf.ReleasedKalmanNorm else ("paper", 0.01)
-    assert_state(apply(norm, x)[0].state, *filtered(x, 0.1, rule, add=add))
+    moments = norm.apply(norm.init(KEY, x), x, mutable=True, method="filter")[0].moments
+    assert_state(moments, *filtered(x, 0.1, rule, add=add))
+    handed_on = apply(norm, x)[0].state
+    raw = preset is not kf.PaperKalmanNorm
+    chex.assert_trees_all_close(
+        handed_on, moments if raw else KalmanState(jnp.zeros(3), jnp.ones(3))
+    )
+
+
+@pytest.mark.parametrize("factor, warns", [(50.0, 0), (1e-3, 1), (500.0, 1)])
+def test_literal_reading_warns_where_it_is_unstable(factor, warns):
+    """Under jit and a gradient, of every micro-batch."""
+    norm = kf.LiteralPaperKalmanNorm(use_running_average=False)
+    value = jax.random.normal(KEY, (4, 2, 8, 8, 3))
+
+    @jax.jit
+    @jax.grad
+    def gradient(factor):
+        def loss(value):
+            x = Signal(value, KalmanState(jnp.zeros(3), factor * jnp.ones(3)))
+            variables = norm.init(KEY, x)
+            return norm.apply(variables, x, mutable=True)[0].value.sum()
+
+        return jax.vmap(loss)(value).sum()
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        jax.block_until_ready(gradient(factor))
+        jax.effects_barrier()
+    assert len(found) == warns
+    if warns:
+        assert "kalman_paper" in str(found[0].message)
 
 
 @pytest.mark.parametrize("options, message", [

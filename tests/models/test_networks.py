@@ -103,6 +103,7 @@ def small_inception_count():
     [
         ("resnet32", 32, 10, 464_154),
         ("resnet110", 32, 10, 1_727_962),
+        ("resnet32_v1", 32, 10, 464_154),
         ("small_inception", 32, 10, small_inception_count()),
         ("resnet50", 224, 1000, 25_557_032),
         ("resnet101", 224, 1000, 44_549_160),

@@ -147,11 +147,51 @@ def test_images_may_bring_their_own_state():
     assert jnp.abs(logits(net, other) - standard).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["kalman_paper", "group"])
-def test_scan_over_blocks_is_the_loop(name):
-    scanned, looped = (
-        tiny(name, blocks_per_stage=3, scan=scan) for scan in (True, False)
+def original_resnet(variables, x):
+    """He et al. (2015), section 4.2, n = 1, by running statistics, with plain JAX."""
+
+    def conv_norm(tree, x, conv, norm, strides=1):
+        params, stats = (variables[c] for c in ("params", "batch_stats"))
+        for name in tree:
+            params, stats = params[name], stats[name]
+        y = jax.lax.conv_general_dilated(
+            x, params[conv]["kernel"], (strides,) * 2, "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        y = (y - stats[norm]["mean"]) / jnp.sqrt(stats[norm]["var"] + 1e-5)
+        return y * params[norm]["scale"] + params[norm]["bias"]
+
+    x = jnp.maximum(conv_norm((), x, "stem", "stem_norm"), 0)
+    for stage in (1, 2, 3):
+        block, strides = (f"stage{stage}_block1",), 1 if stage == 1 else 2
+        y = jnp.maximum(conv_norm(block, x, "conv1", "norm1", strides), 0)
+        y = conv_norm(block, y, "conv2", "norm2")
+        extra = y.shape[-1] - x.shape[-1]
+        shortcut = x[:, ::strides, ::strides]
+        pad = (extra // 2, extra - extra // 2)
+        x = jnp.maximum(y + jnp.pad(shortcut, [(0, 0)] * 3 + [pad]), 0)
+    head = variables["params"]["head"]
+    return x.mean((1, 2)) @ head["kernel"] + head["bias"]
+
+
+def test_original_resnet():
+    net = tiny(pre_activation=False)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.2, 1, leaf.shape), jnp.float32),
+        shapes(net),
     )
+    np.testing.assert_allclose(
+        net.apply(variables, IMAGES, True),
+        original_resnet(variables, IMAGES),
+        rtol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("name, original", [("kalman_paper", False), ("group", True)])
+def test_scan_over_blocks_is_the_loop(name, original):
+    options = {"blocks_per_stage": 3, "pre_activation": not original}
+    scanned, looped = (tiny(name, **options, scan=scan) for scan in (True, False))
     stacked = scanned.init(KEY, IMAGES, True)
     # Apart, so that a mixed-up order of blocks shows.
     first = stacked["params"]["stage1_blocks"]["conv1"]["kernel"]

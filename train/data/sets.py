@@ -65,7 +65,9 @@ _TFDS = {
     ),
 }
 _DIGITS = (1_500, 297)  # images to train and to test
-DATASETS = ("digits", *_TFDS, "folder")
+#: the digits as they are, 8x8, and with pixels four times as high and wide
+_DIGITS_SCALE = {"digits": 1, "digits32": 4}
+DATASETS = (*_DIGITS_SCALE, *_TFDS, "folder")
 
 
 def load_dataset(
@@ -90,8 +92,8 @@ def load_dataset(
         FileNotFoundError: the data is not there; the message says how to prepare it.
     """
     check_choice("dataset", name, DATASETS)
-    if name == "digits":
-        return _digits()
+    if name in _DIGITS_SCALE:
+        return _digits(_DIGITS_SCALE[name])
     if name == "folder":
         if not data_dir:
             raise ValueError(
@@ -127,7 +129,7 @@ def check_prepared(name: str, data_dir: str | None = None) -> None:
 
 def examples(name: str) -> tuple[int, int]:
     """Returns how many images a set has to train and to test; not for ``"folder"``."""
-    return _DIGITS if name == "digits" else _TFDS[name].examples
+    return _DIGITS if name in _DIGITS_SCALE else _TFDS[name].examples
 
 
 def _tfds_dir(data_dir: str | None) -> str:
@@ -136,12 +138,14 @@ def _tfds_dir(data_dir: str | None) -> str:
 
 
 @functools.cache
-def _digits() -> Dataset:
-    """UCI digits from scikit-learn, 8 x 8: the first to train, the others to test."""
+def _digits(scale: int) -> Dataset:
+    """UCI digits from scikit-learn, 8 x 8 pixels of `scale` x `scale`: the first to
+    train, the others to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = digits.images[..., None].astype(np.uint8)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     labels = digits.target.astype(np.int32)
     train, test = slice(_DIGITS[0]), slice(_DIGITS[0], None)
     return Dataset(

@@ -297,12 +297,19 @@ def score(
 
 def make_network(config: Any, num_classes: int) -> nn.Module:
     """Builds the network that `config` names, with the normaliser that it names."""
-    size = {}
-    if config.network in ("cifar_resnet", "nf_resnet"):
-        size = {"blocks_per_stage": config.blocks_per_stage, "width": config.width}
-    if config.network == "cifar_resnet":
+    network, size = NETWORKS[config.network], {}
+    if config.width:
+        if not hasattr(getattr(network, "func", network), "width"):
+            raise ValueError(
+                f"width is {config.width}, but {config.network!r} has one width; leave"
+                " it at 0."
+            )
+        size["width"] = config.width
+    if config.network in ("cifar_resnet", "cifar_resnet_v1", "nf_resnet"):
+        size["blocks_per_stage"] = config.blocks_per_stage
+    if config.network in ("cifar_resnet", "cifar_resnet_v1"):
         size["scan"] = config.scan_blocks
-    return NETWORKS[config.network](
+    return network(
         num_classes=num_classes,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,

@@ -136,6 +136,11 @@ def _as_of_now(content: dict[str, Any]) -> dict[str, Any]:
         options = content["norm_options"] = json.loads(content["norm_options"])
         if "hand_on" in options:
             options["propagate"] = options.pop("hand_on")
+        # Of other networks width said nothing, and of this one it said what it has.
+        if content.get("network") != "cifar_resnet" or content.get("width") == 16:
+            content["width"] = 0
+        if content.get("norm", "").startswith("kalman_paper"):
+            content["norm"] = content["norm"].replace("paper", "paper_literal", 1)
     if "plugins" not in content and content.get("norm", "").startswith("control_"):
         content["plugins"] = ["train.studies.controls"]
     return content

@@ -3,7 +3,12 @@
 All at the schedule of the authors' released experiment,
 configs/experiments/cifar10_released.py, also where the paper names none; "batch size"
 is the micro-batch, of updates of 128. KN is `kalman_released`, what their code does;
-"ours" is `kalman_wc`.
+"ours" is `kalman_wc`. GKN, of which no code was released, is `group_kalman_paper`, by
+the text's Eq. 7 and 8.
+
+The networks are theirs as well, pre-activation ResNets. The text cites the original of
+He et al. (2015): `resnet32_v1` and `resnet110_v1`, which
+configs/experiments/cifar10_released.py trains with ``--config.network=``.
 """
 
 from __future__ import annotations
@@ -80,7 +85,8 @@ FIGURE4 = Trained(
         "BKN": KN,
         f"BKN{OURS}": KN_OURS,
         "GN": {"norm": "group"},
-        "GKN": {"norm": "group_kalman"},
+        # By the paper's equation, of which no code was released.
+        "GKN": {"norm": "group_kalman_paper"},
         f"GKN{OURS}": {"norm": "group_kalman_wc"},
     },
     {"accuracy": Column(OPTION_A, {"network": "resnet32"})},

@@ -7,16 +7,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import base
 from configs.experiments import cifar10_short, cifar10_tiny
 from configs.studies import micro_batch_sizes
+from kalman_flax.models import ResNet
 from train.data.sets import check_prepared, examples
 
 SCALES = ("full", "short", "smoke")
 
-#: short, images on disk: about 4 million to train on
+#: short, images on disk: about 4 million to train on, of updates of 256
 _SHORT_ON_DISK = {"train_examples": 256_000, "epochs": 16, "image_size": 128}
 
-#: smoke: two updates of the smallest network, on images as they are
+#: smoke: two updates on images as they are, of the smallest network of its kind; those
+#: for ImageNet keep their depth, at which a normaliser may fail that does not in a
+#: shallow one, and see one batch until a network that can learn has learned it
 _SMOKE = {
     "epochs": 2,
     "test_examples": 128,
@@ -25,7 +29,10 @@ _SMOKE = {
     "flip": False,
     "log_steps": 1,
 }
+#: the networks for 224x224 images
+SLIM = ("resnet50", "resnet101", "inception_v2")
 RESNET8 = {"network": "cifar_resnet", "blocks_per_stage": 1, "width": 32}
+_DEEP = {"width": 8, "epochs": 30, "eval_epochs": 30}
 
 #: keys that change neither what is computed nor how much of it
 _UNESSENTIAL = (
@@ -42,8 +49,9 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
     """Returns the run of the paper, cut down.
 
     ``short`` is to fit a day on one GPU, all runs of a table together, or on CIFAR-10
-    some 20 minutes a run on a CPU core. ``smoke`` makes two updates; a data set that is
-    not there becomes the embedded digits.
+    some 20 minutes a run on a CPU core. ``smoke`` makes two updates of a ResNet-8, or
+    thirty of a network for ImageNet, slim but as deep as it is; a data set that is not
+    there becomes the embedded digits.
     """
     config = copy.deepcopy(full)
     if scale == "full":
@@ -52,11 +60,15 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
     if scale == "short":
         config.update(_short(config))
     else:
-        config.update(_SMOKE | RESNET8, train_examples=config.batch_size)
+        slim = _DEEP if config.network in SLIM else RESNET8
+        config.update(_SMOKE | slim, train_examples=config.batch_size)
+        if config.norm == "group":  # of 32 groups, more than there are channels
+            config.norm_options = base.get_config().norm_options
         try:
             check_prepared(config.dataset, data_dir)
         except FileNotFoundError:
-            config.dataset = "digits"
+            # Nothing is left of 8x8 pixels where a network for ImageNet normalises.
+            config.dataset = "digits32" if config.network in SLIM else "digits"
     if config.norm == "batch_renorm":
         config.update(micro_batch_sizes.ramp(config.norm, updates(config)))
     return config
@@ -64,13 +76,14 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
 
 def _short(config: ConfigDict) -> dict[str, Any]:
     if config.dataset == "imagenet2012":
-        return _SHORT_ON_DISK
+        epochs = _SHORT_ON_DISK["epochs"] * config.batch_size // 256
+        return _SHORT_ON_DISK | {"epochs": max(1, epochs)}
     if config.network == "small_inception":  # as dear as six ResNet-20
         protocol = cifar10_tiny.get_config()
         keys = "train_examples", "epochs", "eval_epochs"
     else:
         protocol = cifar10_short.get_config()
-        keys = "train_examples", "epochs", "network", "blocks_per_stage", "width"
+        keys = "train_examples", "epochs", "network", "blocks_per_stage"
     return {key: protocol[key] for key in keys}
 
 
@@ -116,5 +129,7 @@ def _rest(config: ConfigDict) -> dict[str, Any]:
         del rest["image_size"]
     n, width = rest.pop("blocks_per_stage"), rest.pop("width")
     if config.network == "cifar_resnet":
-        rest["network"] = f"ResNet-{6 * n + 2} of width {width}"
+        rest["network"] = f"ResNet-{6 * n + 2} of width {width or ResNet.width}"
+    elif width:
+        rest["network"] += f" of width {width}"
     return rest

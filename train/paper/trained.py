@@ -81,7 +81,10 @@ def describe(full: ConfigDict, config: ConfigDict) -> dict[str, Any]:
 
 def name_of(config: ConfigDict) -> str:
     """Returns what the directories of a run are called: the same in every table."""
-    return f"{config.dataset}-{config.network}-{config.norm}-m{config.micro_batch_size}"
+    return (
+        f"{config.dataset}-{config.network}-{config.norm}-m{config.micro_batch_size}"
+        f"-b{config.batch_size}-e{config.epochs}"
+    )
 
 
 def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Series]:
@@ -137,7 +140,8 @@ class Trained:
         printed: the paper's numbers.
         rows: by name, the config keys that they set. What ends in `OURS` stands beside
             the number of the row without that.
-        columns: by name.
+        columns: by name. What follows a comma there is how we read the paper where it
+            leaves that open; several readings stand beside its one number.
         curve: to be drawn, or None.
     """
 
@@ -176,7 +180,7 @@ class Trained:
         print(f"written: {request.workdir}/{name}.csv, .json, .png")
 
     def _paper(self, row: str, column: str) -> str:
-        return self.printed.get((row.removesuffix(OURS), column), "")
+        return self.printed.get((row.removesuffix(OURS), column.split(", ")[0]), "")
 
     def _result(self, row: str, column: str, series: Series | None) -> result.Result:
         measure = self.columns[column].measure

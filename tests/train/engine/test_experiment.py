@@ -48,12 +48,15 @@ def test_every_config_makes_a_network(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_by_name(name):
-    network = make_network(tiny_config(network=name), 10)
+    network = make_network(tiny_config(network=name, width=0), 10)
     expected = NETWORKS[name](num_classes=10)
     assert type(network) is type(expected)
     sizes = "blocks_per_stage", "stage_sizes", "width"
-    if name in ("cifar_resnet", "nf_resnet"):  # sized by the config
-        expected = expected.clone(blocks_per_stage=1, width=4)
+    if name in ("cifar_resnet", "cifar_resnet_v1", "nf_resnet"):  # sized by the config
+        expected = expected.clone(blocks_per_stage=1)
+    if name != "small_inception":
+        network = make_network(tiny_config(network=name, width=4), 10)
+        expected = expected.clone(width=4)
     assert [getattr(network, size, None) for size in sizes] == [
         getattr(expected, size, None) for size in sizes
     ]
@@ -190,7 +193,8 @@ def test_options_reach_the_normaliser():
         (dict(micro_batch_size=3), "micro_batch_size 3 does not divide"),
         (dict(batch_size=-8), "batch_size is -8; expected at least 1"),
         (dict(eval_epochs=0), "eval_epochs is 0"),
-        (dict(width=0), "width is 0"),
+        (dict(width=-1), "width is -1"),
+        (dict(network="small_inception", width=8), "'small_inception' has one width"),
         (dict(train_examples=-1), "train_examples is -1; expected at least 0"),
         (dict(seed=-1), "seed is -1"),
         (dict(clip_norm=-1.0), "clip_norm is -1.0; expected at least 0"),

@@ -158,6 +158,10 @@ def test_a_config_with_options_in_json(finished):
     del stored["plugins"], stored["task"], stored["total_steps"], stored["freeze"]
     (workdir / "config.json").write_text(json.dumps(stored))
     assert loop.train(config, workdir) == summary
+    stored |= {"norm_options": "{}", "norm": "kalman_paper_wc", "width": 16}
+    (workdir / "config.json").write_text(json.dumps(stored | {"network": "resnet50"}))
+    old = wd.read_config(workdir)
+    assert (old.norm, old.width) == ("kalman_paper_literal_wc", 0)
     stored |= {"norm_options": '{"hand_on": "raw"}', "norm": "control_moving_wc"}
     (workdir / "config.json").write_text(json.dumps(stored))
     old = wd.read_config(workdir)

@@ -25,7 +25,7 @@ from train.paper.measure import OPTION_A, OPTION_B, steps_to
 from train.paper.picture import Curve
 from train.paper.result import Result, table
 from train.paper.scale import SCALES, reduced, scaled, updates
-from train.paper.trained import Column, Request, Trained, name_of
+from train.paper.trained import OURS, Column, Request, Trained, name_of
 from train.studies import report
 
 TRAINED = {name: t for name, t in REPRODUCTIONS.items() if isinstance(t, Trained)}
@@ -98,19 +98,50 @@ def test_every_run_is_a_valid_config(scale):
                 scale != "full"
             )
             assert by_name.setdefault(name_of(config), config) == config
-            assert config.dataset == ("digits" if scale == "smoke" else full.dataset)
+            if scale == "smoke":
+                deep = full.dataset == "imagenet2012"
+                assert config.dataset == ("digits32" if deep else "digits")
+                assert config.network == (full.network if deep else "cifar_resnet")
+            else:
+                assert config.dataset == full.dataset
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_number_of_the_paper_stands_beside_a_run(name):
     reproduction = TRAINED[name]
     cells = {cell for cell in reproduction.printed if " - " not in cell[0]}
-    assert cells <= set(reproduction.cells())
+    assert cells <= {(row, name.split(",")[0]) for row, name in reproduction.cells()}
 
 
 def test_batch_sizes_are_those_of_the_rows():
     for (row, _), config in (cifar.TABLE7.cells() | cifar.TABLE8.cells()).items():
         assert f"(bs = {config.micro_batch_size})" in row and config.batch_size == 128
+
+
+@pytest.mark.parametrize("name", ["table4", "table5"])
+def test_both_readings_of_8_gpus(name):
+    """Beside the same number of the paper, at one rate for each image."""
+    cells = TRAINED[name].cells()
+    images = {config.batch_size for config in cells.values()}
+    (micro_batch,) = {config.micro_batch_size for config in cells.values()}
+    assert images == {256, 8 * micro_batch}
+    for (row, column), config in cells.items():
+        paper = TRAINED[name].printed.get(
+            (row.removesuffix(OURS), column.split(",")[0])
+        )
+        assert TRAINED[name]._paper(row, column) == (paper or "")
+        assert config.learning_rate / config.batch_size == pytest.approx(0.1 / 256)
+    if name == "table5":
+        steps = {updates(config) for config in cells.values()}
+        assert steps == {120_000, 120_096}
+
+
+def test_the_rate_falls_before_the_paper_has_its_accuracy():
+    """Table 1 prints 100k updates to 73.1 %, and 170k to where batch norm ends."""
+    config = TRAINED["table1"].cells()["KN", "Iters@73.1%"]
+    per_epoch = updates(config) // config.epochs
+    assert abs(updates(config) - 170_000) < per_epoch
+    assert config.step_epochs[1] * per_epoch < 100_000 < updates(config)
 
 
 def test_what_was_reduced():
@@ -214,7 +245,7 @@ def test_runs_what_is_missing(tmp_path, capsys):
     assert first.stat().st_mtime_ns == before
     accuracies = [
         json.loads((run_dir / "summary.json").read_text())["test_moving_accuracy"]
-        for run_dir in sorted(tmp_path.glob("digits-cifar_resnet-batch-m2-seed[01]"))
+        for run_dir in sorted(tmp_path.glob("digits-cifar_resnet-batch-m2-*-seed[01]"))
     ]
     content = json.loads((tmp_path / "tiny.json").read_text())
     assert content["results"][0]["values"] == [100 * each for each in accuracies]
