@@ -24,7 +24,9 @@ VARIANTS = {
     "kalman_wc": {"norm": "kalman_wc"},
     "kalman_mc": {"norm": "kalman_mc"},
 }
-#: the same with norms and activations computed again in the backward pass
+#: the blocks of a stage as one `nn.scan`
+VARIANTS["kalman_scan"] = {"norm": "kalman", "scan_blocks": True}
+#: two of them with norms and activations computed again in the backward pass
 VARIANTS |= {
     f"{name}_remat": VARIANTS[name] | {"remat": True} for name in (BASELINE, "kalman")
 }
