@@ -17,9 +17,9 @@ from train.data.sets import load_dataset
 SIZE = {"stage_sizes": (1, 1), "filters": 4, "num_classes": 10}
 
 
-def learn(apply, variables, images, labels, micro_batch_size, updates=20):
-    """The losses of SGD at `micro_batch_size`, one batch for each update."""
-    optimizer = optax.sgd(0.05, momentum=0.9)
+def learn(apply, variables, images, labels, micro_batch_size, learning_rate=0.05):
+    """The losses of 20 updates of SGD, each on another part of the images."""
+    updates, optimizer = 20, optax.sgd(learning_rate, momentum=0.9)
 
     @jax.jit
     def update(variables, moments, images, labels):
