@@ -12,8 +12,8 @@ times do not. Beside them stands what XLA says of the compiled step: operations,
 fusions, memory. Ratios are to `flax`, which is `nn.BatchNorm` as Flax has it, at the
 same micro-batch size; `batch` computes its variance in two centred passes, `ours` is
 `KalmanNorm` with gain 1, which is batch norm by our own code, `kalman_scan` runs the
-blocks of a stage as one `nn.scan`, and `NAME_remat` computes norms and activations again
-in the backward pass. "of one batch" is the throughput as a
+blocks of a stage as one `nn.scan`, and `NAME_remat` computes norms and activations
+again in the backward pass. "of one batch" is the throughput as a
 share of the same normaliser's at the largest micro-batch size: what independent
 replicas cost. Prints a table and writes step.json.
 """

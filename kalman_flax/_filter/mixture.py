@@ -35,3 +35,9 @@ def predict_mixture(
     mean = sum(share * s.mean for s, share in zip(states, shares))
     var = sum(share * second_moment(s, mean) for s, share in zip(states, shares))
     return KalmanState(mean, var)
+
+
+def merged(states: KalmanState) -> KalmanState:
+    """The same for equal shares, along the leading axis of ``[R, ..., C]``."""
+    mean = jnp.mean(states.mean, axis=0)
+    return KalmanState(mean, jnp.mean(second_moment(states, mean), axis=0))

@@ -142,9 +142,25 @@ def _of_signals(fn: Callable[..., Any], args: Any, kwargs: Any) -> Sequence[Row]
             rows.extend(_row(module, *args, **kwargs))
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(watch):
-        fn(*args, **kwargs)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    shapes = [leaf for leaf in leaves if _is_shape(leaf)]
+
+    def run(*values: jax.Array) -> None:
+        given = iter(values)
+        filled = [next(given) if _is_shape(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        with nn.intercept_methods(watch):
+            fn(*args, **kwargs)
+
+    if shapes:
+        jax.eval_shape(run, *shapes)
+    else:
+        run()
     return rows
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _row(

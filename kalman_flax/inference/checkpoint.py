@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,13 @@ Path = tuple[str, ...]
 OF_FILTER = {("params", "gain"), ("params", "noise"), ("batch_stats", "steps")}
 
 
-def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
+def load_batch_norm(
+    variables: Any,
+    batch_norm_variables: Any,
+    network: nn.Module | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Loads a batch-norm network's variables into those of the same KN network.
 
     Layers correspond by name; Flax's automatic ``BatchNorm_3`` is ``KalmanNorm_3``.
@@ -28,12 +35,16 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     Args:
         variables: of the KN network, freshly initialised: ``params``, ``batch_stats``.
         batch_norm_variables: the checkpoint.
+        network: the KN network, to check that no `Conv.kernel_map` of it changes what
+            the checkpoint computes. Leave it out where that is meant.
+        *args, **kwargs: an inference call of `network`, as in `export_batch_norm`.
 
     Returns:
         New variables with the structure of `variables`.
 
     Raises:
-        ValueError: layers missing on either side, or of another shape; all are named.
+        ValueError: layers missing on either side, or of another shape, or with a
+            kernel that the network's ``kernel_map`` changes; all are named.
     """
     ours = traverse_util.flatten_dict(variables)
     theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables))
@@ -54,8 +65,32 @@ def load_batch_norm(variables: Any, batch_norm_variables: Any) -> Any:
     if problems:
         lines = (f"\n  {'/'.join(name)}: {text}" for name, text in problems)
         raise ValueError(f"the checkpoint does not fit:{''.join(lines)}")
-    loaded = ours | {path: theirs[name] for name, path in wanted.items()}
-    return traverse_util.unflatten_dict(loaded)
+    flat = ours | {path: theirs[name] for name, path in wanted.items()}
+    loaded = traverse_util.unflatten_dict(flat)
+    if network is not None:
+        _check_kernels(network, loaded, *args, **kwargs)
+    return loaded
+
+
+def _check_kernels(
+    network: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Raises a ValueError where the network uses other kernels than `variables` has."""
+    maps = _kernel_maps(network, variables, args, kwargs)
+    flat = traverse_util.flatten_dict(variables)
+    changed = [
+        "/".join(path)
+        for path, apply in maps.items()
+        if not jnp.allclose(apply(flat[path]), flat[path], rtol=1e-3, atol=1e-6)
+    ]
+    if changed:
+        lines = "".join(f"\n  {path}" for path in changed)
+        raise ValueError(
+            "the network's kernel_map changes kernels of the checkpoint, which was"
+            " trained without it: it would compute something else. Load it into a"
+            " network without kernel_map; or, where that is meant, leave the network"
+            f" out of this call.{lines}"
+        )
 
 
 def export_batch_norm(
@@ -77,6 +112,21 @@ def export_batch_norm(
     Returns:
         ``{"params": ..., "batch_stats": ...}``.
     """
+    kernel_maps = _kernel_maps(network, variables, args, kwargs)
+    flat = traverse_util.flatten_dict(variables)
+    of_filter = _of_filter(flat)
+    exported = {
+        path: kernel_maps.get(path, lambda kernel: kernel)(leaf)
+        for path, leaf in flat.items()
+        if path not in of_filter
+    }
+    return traverse_util.unflatten_dict(_renamed(exported))
+
+
+def _kernel_maps(
+    network: nn.Module, variables: Any, args: Any, kwargs: Any
+) -> dict[Path, Callable[[jax.Array], jax.Array]]:
+    """The maps of the kernels that a call of `network` convolves with, by path."""
     kernel_maps = {}
 
     def note(call, call_args, call_kwargs, context):
@@ -88,14 +138,7 @@ def export_batch_norm(
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: network.apply(v, *args, **kwargs), variables)
-    flat = traverse_util.flatten_dict(variables)
-    of_filter = _of_filter(flat)
-    exported = {
-        path: kernel_maps.get(path, lambda kernel: kernel)(leaf)
-        for path, leaf in flat.items()
-        if path not in of_filter
-    }
-    return traverse_util.unflatten_dict(_renamed(exported))
+    return kernel_maps
 
 
 def _of_filter(flat: dict[Path, Any]) -> set[Path]:

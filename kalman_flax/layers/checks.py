@@ -29,6 +29,7 @@ RANGES = {
     "gain": (0.0, 1.0),
     "outlier_ratio": (0.0, math.inf),
     "decay_steps": (1, math.inf),
+    "micro_batch_size": (1, math.inf),
     "num_groups": (1, math.inf),
     "group_size": (1, math.inf),
 }

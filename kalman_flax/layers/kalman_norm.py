@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kalman_flax._filter.mixture import merged
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import (
     Rule,
@@ -20,6 +21,7 @@ from kalman_flax._filter.update import (
     update,
 )
 from kalman_flax._kernels import hold
+from kalman_flax.layers.micro_batches import each, of_examples
 from kalman_flax.layers.normalizer import (
     Affine,
     Filtered,
@@ -143,12 +145,22 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             at high learning rates). Counted by ``steps`` in ``batch_stats``, a float32
             scalar, exact to 2^24.
         axis_name: share observed statistics over this mapped axis, as in
-            `nn.BatchNorm`; None normalises every device's micro-batch by itself.
+            `nn.BatchNorm`. None observes the batch that the module gets: that of one
+            replica under `jax.vmap`, of one device under `jax.shard_map` and
+            `jax.pmap`. Under plain `jax.jit` it is the whole batch, however a
+            `NamedSharding` splits it over devices, and statistics are global.
+        micro_batch_size: None, or the number of examples that share statistics: every
+            so many that follow each other are a replica, as if `jax.vmap` ran over
+            them and `kalman_flax.merge_running` over what they wrote. That is for plain
+            `jax.jit` of a sharded batch: where devices hold whole micro-batches,
+            statistics need no communication in training, and only the running ones
+            are averaged over the devices.
 
     Raises:
         ValueError: a gain outside [0, 1], or outside (0, 1) where it is learned; an
             unknown option; no steps to decay over; a state of another number of
-            channels than the value.
+            channels than the value; a `micro_batch_size` that does not divide the
+            batch, or together with `axis_name` or ``propagate="raw"``.
     """
 
     gain: float = 0.02
@@ -158,6 +170,22 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     propagate: Propagate = "normalized"
     outlier_ratio: float | None = None
     decay_steps: int | None = None
+    micro_batch_size: int | None = None
+
+    def __post_init__(self):
+        if self.micro_batch_size is not None and self.axis_name is not None:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, which shares no"
+                f" statistics beyond the micro-batch, and axis_name {self.axis_name!r}"
+                " does; give one of them."
+            )
+        if self.micro_batch_size is not None and self.propagate == "raw":
+            raise ValueError(
+                'propagate="raw" hands on a state of each micro-batch, and'
+                f" micro_batch_size={self.micro_batch_size} one for all of them; take"
+                ' propagate="normalized", or jax.vmap over the micro-batches.'
+            )
+        super().__post_init__()
 
     def __call__(
         self,
@@ -205,18 +233,26 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             warn_of_plain_array(self)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
         value = hold(value)
-        observed = self._observe(
-            value,
-            axis=self.axis,
-            mask=mask,
-            guess=self._guess(predicted, running),
-            alone=predicted is None,
-        )
-        filtered = keep(self._filtered(predicted, observed, parameters))
+
+        def combine(
+            value: jax.Array, mask: jax.Array | None, predicted: KalmanState | None
+        ) -> tuple[KalmanState, KalmanState]:
+            observed = self._observe(
+                value,
+                axis=self.axis,
+                mask=mask,
+                guess=self._guess(predicted, running),
+                alone=predicted is None,
+            )
+            return observed, keep(self._filtered(predicted, observed, parameters))
+
+        size = None if self.is_initializing() else self.micro_batch_size
+        run = each(combine, size, self.axis) if size else combine
+        observed, filtered = run(value, mask, predicted)
         self._report(observed=observed, predicted=predicted, filtered=filtered)
-        self._move_running(running, filtered)
+        self._move_running(running, merged(filtered) if size else filtered)
         self._count_step()
-        return Filtered(value, filtered)
+        return Filtered(value, of_examples(filtered, size) if size else filtered)
 
     def normalize(self, x: Filtered) -> Signal:
         """The second step: normalises what `filter` returned by its moments.
@@ -232,12 +268,14 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         return Signal(self._cast(x.value, y, scale, bias), state)
 
     def _predicted(self, x: Signal) -> KalmanState | None:
-        """What is known of `x`, ``[C]``, before it is observed."""
+        """What is known of `x`, ``[C]``, before it is observed; ``[N, C]`` behind
+        another normaliser's `filter`, with a `micro_batch_size`."""
         state = state_of(x, self.axis)
-        if state is not None and jnp.ndim(state.mean) > 1:
+        if state is not None and jnp.ndim(state.mean) > 1 + bool(self.micro_batch_size):
             raise ValueError(
                 f"KalmanNorm got a state of shape {jnp.shape(state.mean)}; expected one"
-                " state [C] for the micro-batch. jax.vmap over several."
+                " state [C] for the micro-batch. jax.vmap over several, or give"
+                " micro_batch_size."
             )
         return state
 

@@ -187,6 +187,9 @@ def test_explain_of_signals():
     assert explanation.predicted == len(explanation.rows) == 6
     assert np.all(np.isfinite([row.log_ratio for row in explanation.rows]))
     assert explanation.rows[0].path == "bn_init"
+    shapes = jax.eval_shape(lambda: variables)
+    of_shapes = kf.explain(net.apply, shapes, IMAGES, **TRAIN)
+    assert of_shapes.predicted == 6 and of_shapes.rows[0].log_ratio is None
     plain = kf.explain(kf.KalmanNorm(False).init_with_output, KEY, IMAGES)
     assert not plain.rows  # initialisation
     norm = kf.KalmanNorm(False)

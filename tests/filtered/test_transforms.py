@@ -85,6 +85,11 @@ def test_vmap(variables, loop):
     close(jax.jit(jax.vmap(run))(REPLICAS), loop)
 
 
+def test_pmap(variables, loop):
+    run = jax.pmap(functools.partial(step, FILTERED), in_axes=(None, 0))
+    close(jax.device_get(run(variables, REPLICAS)), loop)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(variables, loop, check_vma):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))

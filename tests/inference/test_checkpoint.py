@@ -67,6 +67,19 @@ def test_load_takes_all_but_what_is_the_filters(name, options, own):
     assert_same_logits(plain, checkpoint, net, loaded)
 
 
+def test_a_kernel_map_that_changes_the_checkpoint_is_refused():
+    net, fresh = (resnet("kalman_wc"), variables_of(resnet("kalman_wc")))
+    checkpoint = variables_of(PlainResNet(**SIZE), seed=1)
+    with pytest.raises(ValueError, match="kernel_map changes") as error:
+        kf.load_batch_norm(fresh, checkpoint, net, IMAGES, True)
+    assert "params/stage3_block2/conv2/kernel" in str(error.value)
+    kf.load_batch_norm(fresh, checkpoint)  # if that is meant
+    kf.load_batch_norm(fresh, checkpoint, resnet("kalman"), IMAGES, True)
+    # Kernels that are centred already stay as they are.
+    centred = kf.export_batch_norm(net, fresh, IMAGES, use_running_average=True)
+    kf.load_batch_norm(fresh, centred, net, IMAGES, use_running_average=True)
+
+
 @pytest.mark.parametrize("name", ["kalman", "kalman_ws", "kalman_paper", "batch"])
 def test_export_runs_in_plain_flax(name):
     net, plain = resnet(name), PlainResNet(**SIZE)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kalman_flax import NORMALIZERS, Normalization, normalization
+import flax.linen as nn
+import jax
+
+from kalman_flax import NORMALIZERS, Normalization, explain, normalization
+from kalman_flax.layers.linear import RNG
 from train.engine import plugins
 from train.engine.mesh import DEVICES
 
@@ -32,6 +36,38 @@ def make_normalization(config: Any) -> Normalization:
         known=plugins.known(config, "NORMALIZERS", NORMALIZERS),
         **options,
     )
+
+
+def count_predicted(network: nn.Module, variables: Any, inputs: Any) -> dict[str, Any]:
+    """Returns how many of the Kalman normalisers get a prediction, of how many, as
+    ``{"predicted": [n, m]}``; nothing where there are none.
+
+    Traces the network once, and compiles nothing.
+
+    Args:
+        network: called with `inputs` and `use_running_average`.
+        variables: its collections; only shapes matter.
+        inputs: of one example, a pytree of arrays ``[1, ...]``.
+    """
+
+    def forward(variables: Any, inputs: Any) -> Any:
+        return network.apply(
+            variables,
+            inputs,
+            use_running_average=False,
+            mutable=True,
+            rngs={RNG: jax.random.key(0)},
+        )
+
+    # Under a mapped axis, of one device, for synchronised statistics.
+    on_devices = jax.vmap(forward, (None, 0), axis_name=DEVICES)
+    # Two examples: one has no variance behind a global pool.
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, 2, *x.shape[1:]), x.dtype), inputs
+    )
+    rows = explain(on_devices, jax.eval_shape(lambda: variables), shapes).rows
+    paths = {row.path: row.predicted for row in rows}
+    return {"predicted": [sum(paths.values()), len(paths)]} if paths else {}
 
 
 def options_of(config: Any, key: str, set_by: dict[str, str]) -> dict[str, Any]:

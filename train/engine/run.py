@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from train.engine import processes
 from train.engine import workdir as wd
 from train.engine.experiment import Experiment
+from train.engine.normalizer import count_predicted
 from train.engine.step import TrainState
 
 
@@ -108,6 +109,7 @@ class Run:
             "final_train_loss": losses[-1],
             **{f"test_{name}": value for name, value in self.final.items()},
             "headline": f"test_{task.headline}",
+            **count_predicted(task.network, state.variables, task.inputs()),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "steps": int(state.step),
             "train_images": task.train.examples,

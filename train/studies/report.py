@@ -77,7 +77,8 @@ def headline_of(runs: Sequence[Run]) -> str:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Returns what a single run came to, in two lines."""
+    """Returns what a single run came to: two lines, and one on the predictions of
+    Kalman normalisers."""
     images = summary["steps"] * summary["batch_size"] / summary["seconds"]
     name = Run(summary, []).headline
     found = [_percent(summary, option) for option in options(name)]
@@ -91,7 +92,15 @@ def describe(summary: dict[str, Any]) -> str:
         f" checkpoints, {images:.0f} images/s\n"
         f"{metric_name(name)} on {summary['test_images']} images  "
         + "  ".join(label + text for label, text in zip(labels, found))
+        + _predicted(summary)
     )
+
+
+def _predicted(summary: dict[str, Any]) -> str:
+    # Not there for other normalisers, and in runs from before it was counted.
+    if "predicted" not in summary:
+        return ""
+    return "\n{} of {} normalisers predicted".format(*summary["predicted"])
 
 
 def _percent(summary: dict[str, Any], metric: str) -> str:

@@ -15,6 +15,7 @@ from tests.train.common import tiny_config
 from train.engine import loop, processes, step
 from train.engine import workdir as wd
 from train.engine.experiment import build
+from train.studies.report import describe
 
 
 def last_state(workdir, config):
@@ -82,6 +83,8 @@ def test_what_a_run_leaves(finished):
     assert wd.read_config(workdir).to_json() == config.to_json()
     assert (summary["batch_size"], summary["micro_batch_size"]) == (8, 2)
     assert (summary["steps"], summary["test_images"]) == (16, 297)
+    assert summary["predicted"] == [7, 7]
+    assert describe(summary).endswith("\n7 of 7 normalisers predicted")
     assert set(summary["versions"]) >= {"jax", "flax", "python"}
     assert list((workdir / "tensorboard").glob("events*"))
     last = wd.read_metrics(workdir)[-1]
