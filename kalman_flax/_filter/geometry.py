@@ -130,8 +130,9 @@ def transposed(
         padding="VALID",
         kernel_dilation=kernel_dilation,
     )
-    zeros = [padding] * len(axes)
-    if not isinstance(padding, str):
+    if isinstance(padding, str):
+        zeros = [padding] * len(axes)
+    else:
         zeros = _pairs(padding, len(axes))
     moved = [_transposed_axis(axis, pad) for axis, pad in zip(axes, zeros)]
     return [axis.size for axis in moved], {

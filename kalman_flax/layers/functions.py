@@ -22,6 +22,7 @@ from kalman_flax._filter.predict import (
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.layers.signal import (
     Signal,
+    SignalOrArray,
     as_signal,
     is_concrete,
     map_size,
@@ -30,7 +31,7 @@ from kalman_flax.layers.signal import (
 )
 
 
-def relu(x: Signal | jax.Array) -> Signal | jax.Array:
+def relu(x: SignalOrArray) -> SignalOrArray:
     """max(x, 0); moments of a rectified Gaussian in closed form."""
     return through(x, jax.nn.relu, predict_relu)
 
@@ -46,12 +47,12 @@ def activation(
 
 
 def avg_pool(
-    inputs: Signal | jax.Array,
+    inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
     count_include_pad: bool = True,
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
     for zeros at the border that count, see `kf.filter.predict_avg_pool`."""
 
@@ -76,11 +77,11 @@ def avg_pool(
 
 
 def max_pool(
-    inputs: Signal | jax.Array,
+    inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
     state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
     where the state is one of each example, which must not see the others."""
@@ -91,7 +92,7 @@ def max_pool(
     return Signal(pooled, observe(pooled, "instance" if of_examples else "batch"))
 
 
-def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:
+def global_avg_pool(x: SignalOrArray) -> SignalOrArray:
     """Mean over height and width, ``[..., H, W, C]`` to ``[..., C]``; ends the filter:
     the variance of such a mean is that between images, of which the state says nothing.
     """
@@ -99,7 +100,7 @@ def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:
     return Signal(pooled, None) if isinstance(x, Signal) else pooled
 
 
-def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax.Array:
+def pad_channels(x: SignalOrArray, before: int, after: int) -> SignalOrArray:
     """Adds channels of zeros, as the parameter-free shortcut of a CIFAR ResNet does."""
     return through(
         x,
@@ -109,8 +110,8 @@ def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax
 
 
 def concatenate(
-    xs: Sequence[Signal | jax.Array], axis: int = -1, dtype: Any = None
-) -> Signal | jax.Array:
+    xs: Sequence[SignalOrArray], axis: int = -1, dtype: Any = None
+) -> SignalOrArray:
     """`jnp.concatenate`, but along the channels where no axis is given.
 
     Joined channels have a state where all branches have. Along another axis values of
@@ -127,12 +128,12 @@ def concatenate(
 
 
 def resize(
-    image: Signal | jax.Array,
+    image: SignalOrArray,
     shape: Sequence[int],
     method: str | jax.image.ResizeMethod,
     antialias: bool = True,
     precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """`jax.image.resize`, e.g. ``resize(x, (n, 2 * h, 2 * w, c), "nearest")``.
 
     Every method is an average over neighbours, which count as alike, so that the state
@@ -150,10 +151,10 @@ class Dropout(nn.Dropout):
 
     def __call__(
         self,
-        inputs: Signal | jax.Array,
+        inputs: SignalOrArray,
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
-    ) -> Signal | jax.Array:
+    ) -> SignalOrArray:
         """Drops values of ``[..., C]``, each or along `broadcast_dims` together."""
         kept = nn.merge_param("deterministic", self.deterministic, deterministic)
         drop = super().__call__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +263,10 @@ def _per_channel(constant: Any, shape: tuple[int, ...]) -> jax.Array | None:
     return jnp.reshape(constant, (channels,))
 
 
+#: the type of an input that is the type of the output, too
+SignalOrArray = TypeVar("SignalOrArray", bound=Signal | jax.Array)
+
+
 def as_signal(x: Signal | jax.Array) -> Signal:
     """Returns `x`, as a Signal of unknown state if it is a plain array."""
     return x if isinstance(x, Signal) else Signal(jnp.asarray(x))
@@ -282,10 +286,10 @@ def state_of(x: Signal, axis: int = -1) -> KalmanState | None:
 
 
 def through(
-    x: Signal | jax.Array,
+    x: SignalOrArray,
     move_value: Callable[[jax.Array], jax.Array],
     predict: Callable[[KalmanState], KalmanState | None],
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """Moves the value by `move_value` and, where it is known, the state by `predict`.
 
     The contract of every predicting layer: a Signal gives a Signal, a plain array a
