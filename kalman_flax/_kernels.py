@@ -151,7 +151,7 @@ def _tap_by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
     return out.reshape(*stat.shape[:-2], taps, groups, features)
 
 
-def weighted_sum(weights: jax.Array, terms: jax.Array) -> jax.Array:
+def weighted_sum(weights: jax.typing.ArrayLike, terms: jax.Array) -> jax.Array:
     """Sums ``[..., T, D]`` up by weights ``[..., T]``, to ``[..., D]``: not a product,
     which would be a kernel by itself on a GPU."""
     weights = jnp.asarray(weights)[..., None]
@@ -161,7 +161,7 @@ def weighted_sum(weights: jax.Array, terms: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def mean_and_spread(
-    m: jax.Array, p: jax.Array, k: jax.Array
+    m: jax.Array, p: jax.typing.ArrayLike, k: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """P . m and m' K m of each feature, the second never negative.
 

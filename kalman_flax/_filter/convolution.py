@@ -23,7 +23,7 @@ def predict_conv(
     input_dilation: PerAxis = 1,
     kernel_dilation: PerAxis = 1,
     feature_group_count: int = 1,
-    bias: Float[Array, "D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
 ) -> KalmanState:
     """Moves a state through a convolution in closed form (Eq. 7, A = kernel).
 

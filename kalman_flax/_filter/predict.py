@@ -31,7 +31,7 @@ from kalman_flax._filter.state import (
 def predict_dense(
     state: KalmanState,
     kernel: Float[Array, "C D"],
-    bias: Float[Array, "D"] | float = 0.0,
+    bias: Float[Array, " D"] | float = 0.0,
 ) -> KalmanState:
     """Moves a state ``[..., C]`` through ``x @ kernel + bias``.
 

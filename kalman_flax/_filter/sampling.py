@@ -31,7 +31,7 @@ def sample_conv(
     *,
     padding: Padding = "SAME",
     feature_group_count: int = 1,
-    bias: Float[Array, "D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
     **geometry: PerAxis,
 ) -> KalmanState:
     """Moves a state through a convolution by sampling a map, one as in the paper.
@@ -81,7 +81,7 @@ def sample_dense(
     key: PRNGKeyArray,
     state: KalmanState,
     kernel: Float[Array, "C D"],
-    bias: Float[Array, "D"] | float = 0.0,
+    bias: Float[Array, " D"] | float = 0.0,
     *,
     num_samples: int = 256,
 ) -> KalmanState:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 #: a parameter of each channel, or one for all of them
-OfChannels = Float[Array, "C"] | float
+OfChannels = Float[Array, " C"] | float
 
 
 class KalmanState(NamedTuple):
@@ -50,7 +50,7 @@ def for_channels(state: KalmanState, channels: int) -> KalmanState:
     return KalmanState(broadcast("mean", state.mean), broadcast("var", state.var))
 
 
-def aligned(*stats: jax.Array | float) -> list[jax.Array]:
+def aligned(*stats: jax.typing.ArrayLike) -> list[jax.Array]:
     """Returns `stats` as float32 of one rank, by leading axes of 1; scalars stay.
 
     So ``[C]`` stands beside ``[N, C]`` even where ``jax_numpy_rank_promotion`` refuses

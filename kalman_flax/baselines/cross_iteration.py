@@ -64,7 +64,7 @@ class CrossIterationConv(Conv):
         """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
         if not isinstance(x, Signal):
             return super().__call__(x)
-        y = super().__call__(x.value)
+        y = as_signal(super().__call__(x.value)).value
         kernel = jnp.asarray(self.used_kernel(), jnp.float32)
         mean, var = observe(y)
         patches, deviation = lax.stop_gradient((x.value, y - mean))
@@ -73,7 +73,8 @@ class CrossIterationConv(Conv):
         ones = jnp.ones_like(y, jnp.float32, (*y.shape[:-1], self.feature_group_count))
         mean_slope = self._mean_with_patches(ones, patches, kernel)
         var_slope = self._mean_with_patches(2.0 * deviation, patches, kernel)
-        return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
+        state: Any = ConvState(mean, var, kernel, mean_slope, var_slope)
+        return Signal(y, state)
 
     def _mean_with_patches(
         self, factor: jax.Array, patches: jax.Array, kernel: jax.Array
@@ -99,7 +100,8 @@ class CrossIterationConv(Conv):
         )
 
         def convolve(kernel: jax.Array) -> jax.Array:
-            return conv.apply({"params": {"kernel": kernel}}, patches)
+            y: Any = conv.apply({"params": {"kernel": kernel}}, patches)
+            return y
 
         shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
         count = factor.size // features

@@ -135,7 +135,8 @@ class Interpreter:
             beliefs = entry.rule(operation)
         except Unknown as reason:
             return [lost[0] if lost else Lost(f"{at}: {reason}")] * len(outputs)
-        beliefs = beliefs if isinstance(beliefs, (list, tuple)) else [beliefs]
+        if beliefs is None or isinstance(beliefs, (Known, Lost)):
+            beliefs = [beliefs]
         for belief in beliefs:
             if isinstance(belief, Known) and name not in QUIET:
                 belief.through = (*belief.through, SHORT.get(name, name))

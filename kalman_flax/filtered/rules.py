@@ -36,7 +36,7 @@ RULES: dict[str, Entry] = {}
 
 def register_rule(
     primitive: Any, rule: Rule | None = None, *, takes_lost: bool = False
-) -> Rule | Callable[[Rule], Rule]:
+) -> Any:
     """Sets the rule of a primitive for `kalman_flax.filtered`; also a decorator.
 
     Args:

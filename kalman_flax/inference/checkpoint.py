@@ -88,7 +88,7 @@ def export_batch_norm(
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: network.apply(v, *args, **kwargs), variables)
-    flat = traverse_util.flatten_dict(variables)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
     of_filter = _of_filter(flat)
     exported = {
         path: kernel_maps.get(path, lambda kernel: kernel)(leaf)

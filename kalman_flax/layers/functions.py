@@ -50,7 +50,7 @@ def avg_pool(
     inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
-    padding: str | Sequence[tuple[int, int]] = "VALID",
+    padding: Any = "VALID",
     count_include_pad: bool = True,
 ) -> SignalOrArray:
     """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
@@ -80,7 +80,7 @@ def max_pool(
     inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
-    padding: str | Sequence[tuple[int, int]] = "VALID",
+    padding: Any = "VALID",
 ) -> SignalOrArray:
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
     state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
@@ -124,7 +124,7 @@ def concatenate(
     of_channels = axis in (-1, value.ndim - 1)
     if not of_channels or any(s.state is None for s in signals):
         return Signal(value)
-    return Signal(value, predict_concatenate([state_of(s) for s in signals]))
+    return Signal(value, predict_concatenate([for_channels(s.state, s.shape[-1]) for s in signals]))
 
 
 def resize(

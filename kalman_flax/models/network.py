@@ -105,7 +105,7 @@ class Network(nn.Module, kw_only=True):
             images = Signal(images, self.input_state)
         x = self._features(images, Layers(norm, conv, self.activation))
         head = Dense(self.num_classes, name="head")
-        return head(global_avg_pool(x)).value.astype(jnp.float32)
+        return as_signal(head(global_avg_pool(x))).value.astype(jnp.float32)
 
     def _block(self, block: type[nn.Module]) -> type[nn.Module]:
         """The class to make a network's blocks of."""
