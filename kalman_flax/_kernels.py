@@ -160,9 +160,7 @@ def weighted_sum(weights: jax.typing.ArrayLike, terms: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def mean_and_spread(
-    m: jax.Array, p: jax.typing.ArrayLike, k: jax.typing.ArrayLike
-) -> tuple[jax.Array, jax.Array]:
+def mean_and_spread(m: jax.Array, p: Any, k: Any) -> tuple[jax.Array, jax.Array]:
     """P . m and m' K m of each feature, the second never negative.
 
     Args:
@@ -184,9 +182,7 @@ def _mean_and_spread_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return mean_and_spread(*primals), (weighted_sum(p, d_m), d_spread)
 
 
-def _mean_and_weighed(
-    m: jax.Array, p: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _mean_and_weighed(m: jax.Array, p: Any, k: Any) -> tuple[jax.Array, jax.Array]:
     """Returns P . m and K m, by one sum for a kernel less on a GPU."""
     both = weighted_sum(jnp.stack([p, *k]), m[..., None, :, :])
     return both[..., 0, :], both[..., 1:, :]

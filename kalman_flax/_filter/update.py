@@ -76,14 +76,14 @@ def choose(
 
 
 def normalize(
-    x: Num[Array, "N *map_and_C"],
+    x: Num[Array, N * map_and_C],
     state: KalmanState,
     scale: OfChannels = 1.0,
     bias: OfChannels = 0.0,
     *,
     epsilon: float = 1e-5,
     axis: int = -1,
-) -> Float[Array, "N *map_and_C"]:
+) -> Float[Array, N * map_and_C]:
     """y = scale (x - mean) / sqrt(var + epsilon) + bias, in float32 or wider.
 
     Args:
@@ -111,9 +111,7 @@ def normalize(
     return centre_and_scale(x, expand(mean), expand(slope), expand(bias))
 
 
-def normalized_state(
-    scale: OfChannels = 1.0, bias: OfChannels = 0.0
-) -> KalmanState:
+def normalized_state(scale: OfChannels = 1.0, bias: OfChannels = 0.0) -> KalmanState:
     """Moments of what `normalize` puts out: mean bias, variance scale^2.
 
     The factor var / (var + epsilon) is left out, which is 1 to the fifth digit where

@@ -10,7 +10,7 @@ from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState, for_channels
 from kalman_flax._filter.update import normalized_state
 from kalman_flax.layers.normalizer import Unfiltered, finite_or_old
-from kalman_flax.layers.signal import Signal, state_of
+from kalman_flax.layers.signal import Signal, as_signal, state_of
 
 
 class BatchNorm(Unfiltered, nn.BatchNorm):

@@ -14,7 +14,7 @@ from jax import lax
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax.layers.functions import relu
 from kalman_flax.layers.linear import Conv, centre_kernel
-from kalman_flax.layers.signal import Signal, through
+from kalman_flax.layers.signal import SignalOrArray, through
 
 #: 1 / standard deviation of max(z, 0) for z ~ N(0, 1)
 _RELU_GAIN = math.sqrt(2.0 / (1.0 - 1.0 / math.pi))

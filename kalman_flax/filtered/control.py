@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered import nested
-from kalman_flax.filtered.belief import Lost, Operand
+from kalman_flax.filtered.belief import Known, Lost, Operand
 from kalman_flax.filtered.explain import Row
 from kalman_flax.filtered.nested import Interpreter
 from kalman_flax.filtered.operation import varying

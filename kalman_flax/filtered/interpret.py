@@ -96,12 +96,14 @@ class Interpreter:
         if equation.primitive is kalman_norm_p:
             return self._normalizer(equation, operands)
         if drawn := nested.draw(equation, operands):
-            return [Operand(*nested.bind(equation, operands), drawn)]
+            (value,) = nested.bind(equation, operands)
+            return [Operand(value, drawn)]
         constant = all(x.belief is None for x in operands)
         rule = nested.RULES.get(equation.primitive.name)
         if rule and not (constant and self._is_plain(equation)):
             return rule(self, equation, operands)
-        if id(equation) in self.convolutions and operands[1].belief is None:
+        is_mapped = id(equation) in self.convolutions and operands[1].belief is None
+        if is_mapped and self.kernel_map:
             spec = equation.params["dimension_numbers"].rhs_spec
             kernel = map_kernel(self.kernel_map, operands[1].value, spec)
             operands = [operands[0], Operand(kernel)]

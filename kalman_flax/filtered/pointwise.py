@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from kalman_flax._filter.predict import (
     predict_sum,
 )
 from kalman_flax._filter.state import KalmanState
-from kalman_flax.filtered.belief import Known, Operand
+from kalman_flax.filtered.belief import Belief, Known, Operand
 from kalman_flax.filtered.operation import (
     Operation,
     Unknown,

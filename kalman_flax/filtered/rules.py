@@ -82,7 +82,7 @@ QUIET = (
 )
 # fmt: on
 #: what explanations call an operation
-SHORT = {
+SHORT: dict[str, str] = {
     "conv_general_dilated": "conv",
     "dot_general": "dot",
     "reduce_window_sum": "window sum",

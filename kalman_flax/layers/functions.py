@@ -50,14 +50,20 @@ def avg_pool(
     inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
-    padding: Any = "VALID",
+    padding: str | Sequence[tuple[int, int]] = "VALID",
     count_include_pad: bool = True,
 ) -> SignalOrArray:
     """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
     for zeros at the border that count, see `kf.filter.predict_avg_pool`."""
 
     def pool(value: jax.Array) -> jax.Array:
-        pooled = nn.avg_pool(value, window_shape, strides, padding, count_include_pad)
+        pooled = nn.avg_pool(
+            value,
+            window_shape,
+            strides,
+            padding,  # pyright: ignore[reportArgumentType]  # Flax: "str", but takes pairs
+            count_include_pad,
+        )
         return pooled.astype(value.dtype)  # the count of values is a float32 to Flax
 
     def predict(state: KalmanState) -> KalmanState | None:
@@ -80,16 +86,22 @@ def max_pool(
     inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
-    padding: Any = "VALID",
+    padding: str | Sequence[tuple[int, int]] = "VALID",
 ) -> SignalOrArray:
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
     state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
     where the state is one of each example, which must not see the others."""
-    pooled = nn.max_pool(as_signal(inputs).value, window_shape, strides, padding)
+    pooled = nn.max_pool(
+        as_signal(inputs).value,
+        window_shape,
+        strides,
+        padding,  # pyright: ignore[reportArgumentType]  # Flax: "str", but takes pairs
+    )
     if not isinstance(inputs, Signal):
-        return pooled
+        return pooled  # pyright: ignore[reportReturnType]  # here the type is array
     of_examples = inputs.state is not None and jnp.ndim(inputs.state.mean) > 1
-    return Signal(pooled, observe(pooled, "instance" if of_examples else "batch"))
+    state = observe(pooled, "instance" if of_examples else "batch")
+    return Signal(pooled, state)  # pyright: ignore[reportReturnType]  # here the type is Signal
 
 
 def global_avg_pool(x: SignalOrArray) -> SignalOrArray:
@@ -97,7 +109,8 @@ def global_avg_pool(x: SignalOrArray) -> SignalOrArray:
     the variance of such a mean is that between images, of which the state says nothing.
     """
     pooled = jnp.mean(as_signal(x).value, axis=(-3, -2))
-    return Signal(pooled, None) if isinstance(x, Signal) else pooled
+    result = Signal(pooled, None) if isinstance(x, Signal) else pooled
+    return result  # pyright: ignore[reportReturnType]  # the type is that of x
 
 
 def pad_channels(x: SignalOrArray, before: int, after: int) -> SignalOrArray:
@@ -120,11 +133,12 @@ def concatenate(
     signals = [as_signal(x) for x in xs]
     value = jnp.concatenate([s.value for s in signals], axis=axis, dtype=dtype)
     if not any(isinstance(x, Signal) for x in xs):
-        return value
+        return value  # pyright: ignore[reportReturnType]  # here the type is array
     of_channels = axis in (-1, value.ndim - 1)
     if not of_channels or any(s.state is None for s in signals):
-        return Signal(value)
-    return Signal(value, predict_concatenate([for_channels(s.state, s.shape[-1]) for s in signals]))
+        return Signal(value)  # pyright: ignore[reportReturnType]  # here the type is Signal
+    known = [s for s in map(state_of, signals) if s is not None]  # all of them
+    return Signal(value, predict_concatenate(known))  # pyright: ignore[reportReturnType]  # here the type is Signal
 
 
 def resize(
@@ -132,7 +146,7 @@ def resize(
     shape: Sequence[int],
     method: str | jax.image.ResizeMethod,
     antialias: bool = True,
-    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> SignalOrArray:
     """`jax.image.resize`, e.g. ``resize(x, (n, 2 * h, 2 * w, c), "nearest")``.
 

@@ -200,15 +200,18 @@ class Signal(metaclass=_SaysWhatItIs):
             value, state = operate(self.value, other), None
             constant = _per_channel(other, self.shape)
             if self.state is not None and constant is not None:
-                state = of_constant(state_of(self), constant)
+                state = of_constant(for_channels(self.state, self.shape[-1]), constant)
             return Signal(value, state)
         value = operate(self.value, other.value)
         if self.state is None or other.state is None:
             return Signal(value)
+        mine = for_channels(self.state, self.shape[-1])
         if other is self:
             of_one = lambda x: operate(x, x)  # noqa: E731
-            return Signal(value, predict_pointwise(state_of(self), of_one))
-        return Signal(value, of_signals(state_of(self), state_of(other)))
+            return Signal(value, predict_pointwise(mine, of_one))
+        return Signal(
+            value, of_signals(mine, for_channels(other.state, other.shape[-1]))
+        )
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -299,7 +302,8 @@ def through(
     if not isinstance(x, Signal):
         return move_value(x)
     state = state_of(x)
-    return Signal(move_value(x.value), None if state is None else predict(state))
+    moved = None if state is None else predict(state)
+    return Signal(move_value(x.value), moved)  # pyright: ignore[reportReturnType]  # here the type is Signal
 
 
 def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:

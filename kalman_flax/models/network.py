@@ -15,7 +15,7 @@ from kalman_flax.layers.functions import global_avg_pool, relu
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.linear import Conv, Dense
 from kalman_flax.layers.remat import remat
-from kalman_flax.layers.signal import Signal
+from kalman_flax.layers.signal import Signal, as_signal
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
