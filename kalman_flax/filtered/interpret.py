@@ -125,7 +125,8 @@ class Interpreter:
         self, equation: Any, operands: list[Operand], outputs: list[jax.Array]
     ) -> Sequence[Belief]:
         """What is believed of the outputs, by the table of rules."""
-        name, at = equation.primitive.name, self.at(equation)
+        name: str = equation.primitive.name
+        at = self.at(equation)
         lost = [x.belief for x in operands if isinstance(x.belief, Lost)]
         entry = RULES.get(name)
         if lost and not (entry and entry.takes_lost):

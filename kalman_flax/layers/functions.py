@@ -98,10 +98,10 @@ def max_pool(
         padding,  # pyright: ignore[reportArgumentType]  # Flax: "str", but takes pairs
     )
     if not isinstance(inputs, Signal):
-        return pooled  # pyright: ignore[reportReturnType]  # here the type is array
+        return pooled  # pyright: ignore[reportReturnType]  # as x is
     of_examples = inputs.state is not None and jnp.ndim(inputs.state.mean) > 1
     state = observe(pooled, "instance" if of_examples else "batch")
-    return Signal(pooled, state)  # pyright: ignore[reportReturnType]  # here the type is Signal
+    return Signal(pooled, state)  # pyright: ignore[reportReturnType]  # as x is
 
 
 def global_avg_pool(x: SignalOrArray) -> SignalOrArray:
@@ -133,12 +133,12 @@ def concatenate(
     signals = [as_signal(x) for x in xs]
     value = jnp.concatenate([s.value for s in signals], axis=axis, dtype=dtype)
     if not any(isinstance(x, Signal) for x in xs):
-        return value  # pyright: ignore[reportReturnType]  # here the type is array
+        return value  # pyright: ignore[reportReturnType]  # as x is
     of_channels = axis in (-1, value.ndim - 1)
     if not of_channels or any(s.state is None for s in signals):
-        return Signal(value)  # pyright: ignore[reportReturnType]  # here the type is Signal
+        return Signal(value)  # pyright: ignore[reportReturnType]  # as x is
     known = [s for s in map(state_of, signals) if s is not None]  # all of them
-    return Signal(value, predict_concatenate(known))  # pyright: ignore[reportReturnType]  # here the type is Signal
+    return Signal(value, predict_concatenate(known))  # pyright: ignore[reportReturnType]  # as x is
 
 
 def resize(

@@ -303,7 +303,7 @@ def through(
         return move_value(x)
     state = state_of(x)
     moved = None if state is None else predict(state)
-    return Signal(move_value(x.value), moved)  # pyright: ignore[reportReturnType]  # here the type is Signal
+    return Signal(move_value(x.value), moved)  # pyright: ignore[reportReturnType]  # as x is
 
 
 def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:
