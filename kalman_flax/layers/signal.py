@@ -302,8 +302,9 @@ def through(
     if not isinstance(x, Signal):
         return move_value(x)
     state = state_of(x)
+    value = move_value(x.value)  # first: it makes the parameters that predict reads
     moved = None if state is None else predict(state)
-    return Signal(move_value(x.value), moved)  # pyright: ignore[reportReturnType]  # as x is
+    return Signal(value, moved)  # pyright: ignore[reportReturnType]  # as x is
 
 
 def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:
