@@ -18,7 +18,7 @@ Set = Literal["batch", "group", "layer", "instance"]
 
 
 def observe(
-    x: Num[Array, N * map_and_C],
+    x: Num[Array, "*N_map_and_C"],
     over: Set = "batch",
     *,
     num_groups: int | None = None,
@@ -76,7 +76,7 @@ def observe(
 
 
 def observe_about(
-    x: Num[Array, N * map_and_C], guess: Float[Array, " C"], axis: int = -1
+    x: Num[Array, "*N_map_and_C"], guess: Float[Array, " C"], axis: int = -1
 ) -> KalmanState:
     """`observe` over the batch, on a GPU or TPU in one pass about `guess`, ``[C]``.
 

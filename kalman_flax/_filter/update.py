@@ -76,14 +76,14 @@ def choose(
 
 
 def normalize(
-    x: Num[Array, N * map_and_C],
+    x: Num[Array, "*N_map_and_C"],
     state: KalmanState,
     scale: OfChannels = 1.0,
     bias: OfChannels = 0.0,
     *,
     epsilon: float = 1e-5,
     axis: int = -1,
-) -> Float[Array, N * map_and_C]:
+) -> Float[Array, "*N_map_and_C"]:
     """y = scale (x - mean) / sqrt(var + epsilon) + bias, in float32 or wider.
 
     Args:
