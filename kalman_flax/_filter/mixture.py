@@ -28,7 +28,7 @@ def second_moment(
 
 
 def predict_mixture(
-    states: Sequence[KalmanState], shares: Sequence[Float[Array, "..."] | float]
+    states: Sequence[KalmanState], shares: Sequence[Float[Array, "*#parts"] | float]
 ) -> KalmanState:
     """State of values that are from each of `states` by its share: means of the means,
     and of the variances with that of the means. Exact; shares sum to 1."""
