@@ -18,6 +18,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 # The wheel and the source distribution, as a package index would take them.
 package: .venv/installed

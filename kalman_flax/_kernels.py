@@ -151,7 +151,7 @@ def _tap_by_tap(stat: jax.Array, kernel: jax.Array) -> jax.Array:
     return out.reshape(*stat.shape[:-2], taps, groups, features)
 
 
-def weighted_sum(weights: jax.Array, terms: jax.Array) -> jax.Array:
+def weighted_sum(weights: jax.typing.ArrayLike, terms: jax.Array) -> jax.Array:
     """Sums ``[..., T, D]`` up by weights ``[..., T]``, to ``[..., D]``: not a product,
     which would be a kernel by itself on a GPU."""
     weights = jnp.asarray(weights)[..., None]
@@ -160,9 +160,7 @@ def weighted_sum(weights: jax.Array, terms: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def mean_and_spread(
-    m: jax.Array, p: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def mean_and_spread(m: jax.Array, p: Any, k: Any) -> tuple[jax.Array, jax.Array]:
     """P . m and m' K m of each feature, the second never negative.
 
     Args:
@@ -184,9 +182,7 @@ def _mean_and_spread_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return mean_and_spread(*primals), (weighted_sum(p, d_m), d_spread)
 
 
-def _mean_and_weighed(
-    m: jax.Array, p: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _mean_and_weighed(m: jax.Array, p: Any, k: Any) -> tuple[jax.Array, jax.Array]:
     """Returns P . m and K m, by one sum for a kernel less on a GPU."""
     both = weighted_sum(jnp.stack([p, *k]), m[..., None, :, :])
     return both[..., 0, :], both[..., 1:, :]

@@ -180,7 +180,9 @@ def normalization(
     if "hand_on" in options:  # as the configs of old runs call it
         warnings.warn("hand_on is propagate now", DeprecationWarning, stacklevel=2)
         options["propagate"] = options.pop("hand_on")
-    cls = entry.norm.func if isinstance(entry.norm, functools.partial) else entry.norm
+    cls: Any = (
+        entry.norm.func if isinstance(entry.norm, functools.partial) else entry.norm
+    )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     del fields["parent"], fields["name"]
     if unknown := sorted(set(options) - fields.keys()):

@@ -80,7 +80,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_the_library_needs_no_more_than_it_declares():
-    allowed = {"kalman_flax", "jax", "flax", "numpy"}
+    allowed = {"kalman_flax", "jax", "jaxtyping", "flax", "numpy"}
     standard = {"__future__", "collections", "contextlib", "dataclasses", "functools"}
     for module, tree in MODULES.items():
         tops = {name.partition(".")[0] for name in imports(tree)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from kalman_flax._filter.geometry import Axis, Padding, PerAxis, positions, slide
 from kalman_flax._filter.state import KalmanState, aligned, for_channels
@@ -15,7 +15,7 @@ from kalman_flax._kernels import mean_and_spread, tap_products, weighted_sum
 
 def predict_conv(
     state: KalmanState,
-    kernel: jax.Array,
+    kernel: Float[Array, "*window C_per_group D"],
     input_size: Sequence[int],
     *,
     strides: PerAxis = 1,
@@ -23,7 +23,7 @@ def predict_conv(
     input_dilation: PerAxis = 1,
     kernel_dilation: PerAxis = 1,
     feature_group_count: int = 1,
-    bias: jax.Array | None = None,
+    bias: Float[Array, " D"] | None = None,
 ) -> KalmanState:
     """Moves a state through a convolution in closed form (Eq. 7, A = kernel).
 
@@ -39,8 +39,8 @@ def predict_conv(
 
     Args:
         state: ``[..., C]``, the moments of the input.
-        kernel: ``[*window, C / feature_group_count, D]``, for maps of 1, 2, 3 or more
-            axes.
+        kernel: of ``C_per_group = C / feature_group_count``, for maps of 1, 2, 3 or
+            more axes.
         input_size: positions of the input map, one number for each axis.
         strides: an integer, or one for each axis.
         padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, ``"CAUSAL"``,
@@ -49,7 +49,7 @@ def predict_conv(
         input_dilation, kernel_dilation: like `strides`; the first, ``lhs_dilation`` in
             `jax.lax.conv_general_dilated`, puts zeros between the values of the map.
         feature_group_count: as in `jax.lax.conv_general_dilated`.
-        bias: ``[D]``, added to the output.
+        bias: added to the output.
 
     Returns:
         float32 ``[..., D]``, the moments of the output over all its positions.
@@ -94,4 +94,5 @@ def _over_positions(axes: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     inside, share = positions(axes)
     p = share @ inside
     away = inside - p
-    return np.float32(p), np.float32(away.T @ (share[:, None] * away))
+    spread = away.T @ (share[:, None] * away)
+    return p.astype(np.float32), spread.astype(np.float32)

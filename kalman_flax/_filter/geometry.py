@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import lax
@@ -130,8 +130,9 @@ def transposed(
         padding="VALID",
         kernel_dilation=kernel_dilation,
     )
-    zeros = [padding] * len(axes)
-    if not isinstance(padding, str):
+    if isinstance(padding, str):
+        zeros = [padding] * len(axes)
+    else:
         zeros = _pairs(padding, len(axes))
     moved = [_transposed_axis(axis, pad) for axis, pad in zip(axes, zeros)]
     return [axis.size for axis in moved], {
@@ -214,7 +215,9 @@ def _pairs(padding: int | Sequence, rank: int) -> list[tuple[int, int]]:
     """Zeros before and after, of each axis: of an integer, integers, or pairs."""
     if isinstance(padding, (int, np.integer)):
         padding = (padding,) * rank
-    pairs = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding]
+    pairs: list[Any] = [
+        (p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding
+    ]
     if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
         raise ValueError(
             f"padding is {padding}; expected one of {list(PADDINGS)}, an integer, or"

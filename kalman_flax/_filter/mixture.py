@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kalman_flax._filter.state import KalmanState
 
 
 def second_moment(
-    state: KalmanState, centre: jax.Array | float, share: float = 1.0
-) -> jax.Array:
+    state: KalmanState, centre: Float[Array, "*#parts"] | float, share: float = 1.0
+) -> Float[Array, "*parts"]:
     """E[(x - centre)^2] = var + (mean - centre)^2 of every part.
 
     Its average over the parts of a whole, about the average of their means, is the
@@ -28,7 +28,7 @@ def second_moment(
 
 
 def predict_mixture(
-    states: Sequence[KalmanState], shares: Sequence[jax.Array | float]
+    states: Sequence[KalmanState], shares: Sequence[Float[Array, "*#parts"] | float]
 ) -> KalmanState:
     """State of values that are from each of `states` by its share: means of the means,
     and of the variances with that of the means. Exact; shares sum to 1."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Num
 
 from kalman_flax._filter.state import KalmanState, check_choice
 from kalman_flax._kernels import mean_and_variance
@@ -17,12 +18,12 @@ Set = Literal["batch", "group", "layer", "instance"]
 
 
 def observe(
-    x: jax.Array,
+    x: Num[Array, "*N_map_and_C"],
     over: Set = "batch",
     *,
     num_groups: int | None = None,
     axis: int = -1,
-    mask: jax.Array | None = None,
+    mask: Bool[Array, "*#N_map_and_C"] | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Any = None,
 ) -> KalmanState:
@@ -74,7 +75,9 @@ def observe(
     return KalmanState(*(jnp.repeat(s, channels // groups, axis=-1) for s in state))
 
 
-def observe_about(x: jax.Array, guess: jax.Array, axis: int = -1) -> KalmanState:
+def observe_about(
+    x: Num[Array, "*N_map_and_C"], guess: Float[Array, " C"], axis: int = -1
+) -> KalmanState:
     """`observe` over the batch, on a GPU or TPU in one pass about `guess`, ``[C]``.
 
     The rounding error of the variance grows by some 1e-7 (mean - guess)^2: for whoever

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from kalman_flax._filter.state import (
     KalmanState,
+    OfChannels,
     aligned,
     for_channels,
     standard_deviation,
@@ -27,9 +29,11 @@ from kalman_flax._filter.state import (
 
 
 def predict_dense(
-    state: KalmanState, kernel: jax.Array, bias: jax.Array | float = 0.0
+    state: KalmanState,
+    kernel: Float[Array, "C D"],
+    bias: Float[Array, " D"] | float = 0.0,
 ) -> KalmanState:
-    """Moves a state ``[..., C]`` through ``x @ kernel + bias``, kernel ``[C, D]``.
+    """Moves a state ``[..., C]`` through ``x @ kernel + bias``.
 
     mean = mu W + b, variance = v W^2; exact for independent inputs.
     """
@@ -41,9 +45,9 @@ def predict_dense(
 
 
 def predict_affine(
-    state: KalmanState, scale: jax.Array | float, bias: jax.Array | float
+    state: KalmanState, scale: OfChannels, bias: OfChannels
 ) -> KalmanState:
-    """Moves a state through ``scale * x + bias``, each ``[C]`` or scalar. Exact."""
+    """Moves a state through ``scale * x + bias``. Exact."""
     mean, var, scale, bias = aligned(*state, scale, bias)
     return KalmanState(scale * mean + bias, jnp.square(scale) * var)
 
@@ -169,7 +173,9 @@ def predict_pad_channels(state: KalmanState, before: int, after: int) -> KalmanS
     )
 
 
-def pad_last_axis(x: jax.Array, before: int, after: int) -> jax.Array:
+def pad_last_axis(
+    x: Float[Array, "*batch C"], before: int, after: int
+) -> Float[Array, "*batch padded"]:
     """Adds zeros to the last axis, of values or of their moments."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
 

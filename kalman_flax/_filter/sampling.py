@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from kalman_flax._filter.geometry import Axis, Padding, PerAxis, slide
 from kalman_flax._filter.observe import observe
@@ -23,14 +24,14 @@ from kalman_flax._filter.state import KalmanState, for_channels, standard_deviat
 
 
 def sample_conv(
-    key: jax.Array,
+    key: PRNGKeyArray,
     state: KalmanState,
-    kernel: jax.Array,
+    kernel: Float[Array, "*window C_per_group D"],
     input_size: Sequence[int],
     *,
     padding: Padding = "SAME",
     feature_group_count: int = 1,
-    bias: jax.Array | None = None,
+    bias: Float[Array, " D"] | None = None,
     **geometry: PerAxis,
 ) -> KalmanState:
     """Moves a state through a convolution by sampling a map, one as in the paper.
@@ -38,9 +39,9 @@ def sample_conv(
     Args:
         key: PRNG key.
         state: ``[C]``.
-        kernel: ``[*window, C / groups, D]``.
+        kernel: of ``C_per_group = C / feature_group_count``.
         input_size: of the map drawn, one number for each axis.
-        bias: ``[D]``.
+        bias: added to the output.
         padding, feature_group_count, **geometry: strides, input_dilation and
             kernel_dilation, as in `predict_conv`.
 
@@ -77,10 +78,10 @@ def _convolve(
 
 
 def sample_dense(
-    key: jax.Array,
+    key: PRNGKeyArray,
     state: KalmanState,
-    kernel: jax.Array,
-    bias: jax.Array | float = 0.0,
+    kernel: Float[Array, "C D"],
+    bias: Float[Array, " D"] | float = 0.0,
     *,
     num_samples: int = 256,
 ) -> KalmanState:

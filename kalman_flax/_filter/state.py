@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+#: a parameter of each channel, or one for all of them
+OfChannels = Float[Array, " C"] | float
 
 
 class KalmanState(NamedTuple):
@@ -20,8 +24,10 @@ class KalmanState(NamedTuple):
         var: ``[..., C]`` float32, the diagonal of Sigma, never negative.
     """
 
-    mean: jax.Array | float
-    var: jax.Array | float
+    # "| Any" is a float to those who make a state. Those who read one, of a layer or
+    # of `for_channels`, have an array and need not ask.
+    mean: Float[Array, "*batch C"] | Any
+    var: Float[Array, "*batch C"] | Any
 
 
 def for_channels(state: KalmanState, channels: int) -> KalmanState:
@@ -44,7 +50,7 @@ def for_channels(state: KalmanState, channels: int) -> KalmanState:
     return KalmanState(broadcast("mean", state.mean), broadcast("var", state.var))
 
 
-def aligned(*stats: jax.Array | float) -> list[jax.Array]:
+def aligned(*stats: jax.typing.ArrayLike) -> list[jax.Array]:
     """Returns `stats` as float32 of one rank, by leading axes of 1; scalars stay.
 
     So ``[C]`` stands beside ``[N, C]`` even where ``jax_numpy_rank_promotion`` refuses

@@ -7,10 +7,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Num
 
 from kalman_flax._filter.mixture import second_moment
 from kalman_flax._filter.predict import predict_affine
-from kalman_flax._filter.state import KalmanState, check_choice
+from kalman_flax._filter.state import KalmanState, OfChannels, check_choice
 from kalman_flax._kernels import centre_and_scale
 
 Rule = Literal["mixture", "paper"]
@@ -19,7 +20,7 @@ Rule = Literal["mixture", "paper"]
 def update(
     predicted: KalmanState,
     observed: KalmanState,
-    gain: jax.Array | float,
+    gain: OfChannels,
     rule: Rule = "mixture",
 ) -> KalmanState:
     """Combines what was predicted with what was observed; q = `gain`, p = 1 - q.
@@ -34,7 +35,7 @@ def update(
 
     Args:
         predicted, observed: ``[..., C]``, broadcast against each other.
-        gain: q in [0, 1], the weight of the observation; scalar or ``[C]``.
+        gain: q in [0, 1], the weight of the observation.
         rule: ``"mixture"`` or ``"paper"``.
     """
     check_choice("rule", rule, get_args(Rule))
@@ -59,7 +60,7 @@ def reject_outlier(
     return choose(ratio < limit, predicted, observed)
 
 
-def is_known(predicted: KalmanState) -> jax.Array:
+def is_known(predicted: KalmanState) -> Bool[Array, "*batch C"]:
     """Where a prediction says something: its second moment is neither infinite nor NaN.
 
     Its square enters the update by the rule "mixture".
@@ -67,26 +68,28 @@ def is_known(predicted: KalmanState) -> jax.Array:
     return jnp.isfinite(second_moment(predicted, 0.0))
 
 
-def choose(condition: jax.Array, one: KalmanState, other: KalmanState) -> KalmanState:
+def choose(
+    condition: Bool[Array, "*#batch_and_C"], one: KalmanState, other: KalmanState
+) -> KalmanState:
     """`one` where the condition holds, `other` elsewhere; broadcast."""
     return KalmanState(*(jnp.where(condition, *stats) for stats in zip(one, other)))
 
 
 def normalize(
-    x: jax.Array,
+    x: Num[Array, "*N_map_and_C"],
     state: KalmanState,
-    scale: jax.Array | float = 1.0,
-    bias: jax.Array | float = 0.0,
+    scale: OfChannels = 1.0,
+    bias: OfChannels = 0.0,
     *,
     epsilon: float = 1e-5,
     axis: int = -1,
-) -> jax.Array:
+) -> Float[Array, "*N_map_and_C"]:
     """y = scale (x - mean) / sqrt(var + epsilon) + bias, in float32 or wider.
 
     Args:
         x: ``[N, ..., C]`` with the channels at `axis`.
         state: ``[C]``, or ``[N, C]`` for statistics of each example.
-        scale, bias: gamma and beta, ``[C]`` or scalar.
+        scale, bias: gamma and beta.
         epsilon: added to the variance.
         axis: the channel axis.
     """
@@ -108,9 +111,7 @@ def normalize(
     return centre_and_scale(x, expand(mean), expand(slope), expand(bias))
 
 
-def normalized_state(
-    scale: jax.Array | float = 1.0, bias: jax.Array | float = 0.0
-) -> KalmanState:
+def normalized_state(scale: OfChannels = 1.0, bias: OfChannels = 0.0) -> KalmanState:
     """Moments of what `normalize` puts out: mean bias, variance scale^2.
 
     The factor var / (var + epsilon) is left out, which is 1 to the fifth digit where
@@ -118,6 +119,6 @@ def normalized_state(
     micro-batches of a step, and `jax.vmap` over them predicts it onwards once.
 
     Args:
-        scale, bias: gamma and beta, ``[C]`` or scalar.
+        scale, bias: gamma and beta.
     """
     return predict_affine(KalmanState(0.0, 1.0), scale, bias)

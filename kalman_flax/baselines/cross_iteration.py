@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from kalman_flax._filter.update import normalize, update
 from kalman_flax._kernels import hold
 from kalman_flax.layers.linear import Conv
 from kalman_flax.layers.normalizer import RunningNormalizer, Unfiltered
-from kalman_flax.layers.signal import Signal
+from kalman_flax.layers.signal import Signal, as_signal
 
 _FAN_IN = (0, 1, 2)  # height, width and input channels of a kernel
 _Past = dict[str, jax.Array]  # what is kept of an iteration
@@ -64,7 +64,7 @@ class CrossIterationConv(Conv):
         """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
         if not isinstance(x, Signal):
             return super().__call__(x)
-        y = super().__call__(x.value)
+        y = as_signal(super().__call__(x.value)).value
         kernel = jnp.asarray(self.used_kernel(), jnp.float32)
         mean, var = observe(y)
         patches, deviation = lax.stop_gradient((x.value, y - mean))
@@ -73,7 +73,9 @@ class CrossIterationConv(Conv):
         ones = jnp.ones_like(y, jnp.float32, (*y.shape[:-1], self.feature_group_count))
         mean_slope = self._mean_with_patches(ones, patches, kernel)
         var_slope = self._mean_with_patches(2.0 * deviation, patches, kernel)
-        return Signal(y, ConvState(mean, var, kernel, mean_slope, var_slope))
+        # A KalmanState to all that ask for no more, see there.
+        state: Any = ConvState(mean, var, kernel, mean_slope, var_slope)
+        return Signal(y, state)
 
     def _mean_with_patches(
         self, factor: jax.Array, patches: jax.Array, kernel: jax.Array
@@ -99,7 +101,8 @@ class CrossIterationConv(Conv):
         )
 
         def convolve(kernel: jax.Array) -> jax.Array:
-            return conv.apply({"params": {"kernel": kernel}}, patches)
+            y: Any = conv.apply({"params": {"kernel": kernel}}, patches)
+            return y
 
         shape = jax.ShapeDtypeStruct((*kernel.shape[:-1], features), jnp.float32)
         count = factor.size // features

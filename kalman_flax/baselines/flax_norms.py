@@ -10,7 +10,7 @@ from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState, for_channels
 from kalman_flax._filter.update import normalized_state
 from kalman_flax.layers.normalizer import Unfiltered, finite_or_old
-from kalman_flax.layers.signal import Signal, state_of
+from kalman_flax.layers.signal import Signal, as_signal, state_of
 
 
 class BatchNorm(Unfiltered, nn.BatchNorm):
@@ -149,9 +149,9 @@ class FrozenBatchNorm(BatchNorm):
         y = super().__call__(x, mask=mask)
         state = state_of(x, self.axis) if isinstance(x, Signal) else None
         if state is None:
-            return Signal(y.value) if isinstance(x, Signal) else y
+            return Signal(as_signal(y).value) if isinstance(x, Signal) else y
         mean, var = self._moments()
         slope = lax.rsqrt(var + self.epsilon)
         slope *= self.get_variable("params", "scale", 1.0)
         offset = self.get_variable("params", "bias", 0.0) - slope * mean
-        return Signal(y.value, predict_affine(state, slope, offset))
+        return Signal(as_signal(y).value, predict_affine(state, slope, offset))

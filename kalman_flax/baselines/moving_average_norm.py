@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -118,7 +118,7 @@ class MovingAverageBatchNorm(Unfiltered, Normalizer):
                 history.value, _mean(square, axis_name), slot, alone
             )
             z = normalize(value, KalmanState(0.0, mean_square), epsilon=self.epsilon)
-            z = _stabilise(z, projections, slot, alone, axis_name)
+            z = cast(jax.Array, _stabilise(z, projections, slot, alone, axis_name))
             z *= self._renorm(mean_square, running.value, count)
             if not self.is_initializing():
                 kept = self.momentum

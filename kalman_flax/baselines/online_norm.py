@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -106,9 +107,9 @@ class OnlineNorm(Unfiltered, Normalizer):
             y = normalize(y, state, epsilon=self.epsilon)
         else:
             before, after = _track(lax.stop_gradient(y), state, self.alpha_forward)
-            y = _control_mean(y, u, self.alpha_backward)
+            y = cast(jax.Array, _control_mean(y, u, self.alpha_backward))
             y = normalize(y, before, epsilon=self.epsilon)
-            y = _control_projection(y, v, self.alpha_backward)
+            y = cast(jax.Array, _control_projection(y, v, self.alpha_backward))
             if not self.is_initializing():
                 mean.value, var.value = finite_or_old(after, state)
 

@@ -77,5 +77,10 @@ class ProxyNorm(Unfiltered, Normalizer):
         u = normalize(value, groups, scale, bias, epsilon=self.epsilon)
         proxy = KalmanState(proxy_bias, jnp.square(1.0 + proxy_scale))
         activated = self.activation(Signal(u, predict_affine(proxy, scale, bias)))
+        if activated.state is None:
+            raise ValueError(
+                f"activation is {self.activation}, which loses the state; wrap it:"
+                " kf.activation(fn)."
+            )
         y = normalize(activated.value, activated.state, epsilon=self.proxy_epsilon)
         return self._output(x, y, scale, bias, proxy_scale, proxy_bias)

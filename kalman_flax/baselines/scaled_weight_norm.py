@@ -14,7 +14,7 @@ from jax import lax
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax.layers.functions import relu
 from kalman_flax.layers.linear import Conv, centre_kernel
-from kalman_flax.layers.signal import Signal, through
+from kalman_flax.layers.signal import SignalOrArray, through
 
 #: 1 / standard deviation of max(z, 0) for z ~ N(0, 1)
 _RELU_GAIN = math.sqrt(2.0 / (1.0 - 1.0 / math.pi))
@@ -77,10 +77,11 @@ def scaled_weight_conv(
         )
     # A module each, without a parent: one passed to two convolutions would be shared.
     standardize = ScaledStandardization(parent=None)
-    return Conv(features, kernel_size, **options | {"kernel_map": standardize})
+    options["kernel_map"] = standardize
+    return Conv(features, kernel_size, **options)
 
 
-def scaled(x: Signal | jax.Array, factor: jax.Array | float) -> Signal | jax.Array:
+def scaled(x: SignalOrArray, factor: jax.Array | float) -> SignalOrArray:
     """`x` times a scalar, in the dtype of `x`."""
     return through(
         x,
@@ -89,7 +90,7 @@ def scaled(x: Signal | jax.Array, factor: jax.Array | float) -> Signal | jax.Arr
     )
 
 
-def scaled_relu(x: Signal | jax.Array) -> Signal | jax.Array:
+def scaled_relu(x: SignalOrArray) -> SignalOrArray:
     """max(x, 0) sqrt(2 / (1 - 1 / pi)): of variance 1 for x ~ N(0, 1). The factor is
     1.7129; the authors' code has 1.7140, from samples."""
     return scaled(relu(x), _RELU_GAIN)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.filtered import nested
-from kalman_flax.filtered.belief import Lost, Operand
+from kalman_flax.filtered.belief import Known, Lost, Operand
 from kalman_flax.filtered.explain import Row
 from kalman_flax.filtered.nested import Interpreter
 from kalman_flax.filtered.operation import varying
@@ -228,7 +228,7 @@ def shard_map(interpreter: Interpreter, equation: Any, operands: Any) -> list[Op
 def _state_specs(specs: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
     """Of the states: split over the devices as their channels are."""
 
-    def of(spec: PartitionSpec, axis: int | None) -> KalmanState:
+    def of(spec: PartitionSpec, axis: int | None) -> Any:
         split = axis is not None and axis < len(spec) and spec[axis]
         its = PartitionSpec(spec[axis]) if split else PartitionSpec()
         return KalmanState(its, its)
@@ -240,10 +240,10 @@ def _state_specs(specs: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
 
 
 def _shared(operand: Operand, checked: bool, at: str) -> Kind:
-    kind = kind_of(operand)
-    if not isinstance(kind, Of):
+    kind, belief = kind_of(operand), operand.belief
+    if not isinstance(belief, Known):
         return kind
-    state = operand.belief.state
+    state = belief.state
     if not checked or any(varying(jnp.asarray(stat)) for stat in state):
         return Lost(f"{at}: the state may differ between devices")
     return kind

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kalman_flax._filter.observe import observe
 from kalman_flax._filter.state import KalmanState, for_channels
@@ -182,7 +183,7 @@ def _row(
         state = for_channels(x.state, x.value.shape[module.axis])
     value = x.value if isinstance(x, Signal) else x
     facts = report(module, value, state, module.axis, _gain(module))
-    facts = {k: None if isinstance(v, jax.core.Tracer) else v for k, v in facts.items()}
+    facts = {k: None if isinstance(v, Tracer) else v for k, v in facts.items()}
     return [Row("/".join(module.path), state is not None, (), lost_at, **facts)]
 
 

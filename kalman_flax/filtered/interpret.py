@@ -96,12 +96,14 @@ class Interpreter:
         if equation.primitive is kalman_norm_p:
             return self._normalizer(equation, operands)
         if drawn := nested.draw(equation, operands):
-            return [Operand(*nested.bind(equation, operands), drawn)]
+            (value,) = nested.bind(equation, operands)
+            return [Operand(value, drawn)]
         constant = all(x.belief is None for x in operands)
         rule = nested.RULES.get(equation.primitive.name)
         if rule and not (constant and self._is_plain(equation)):
             return rule(self, equation, operands)
-        if id(equation) in self.convolutions and operands[1].belief is None:
+        is_mapped = id(equation) in self.convolutions and operands[1].belief is None
+        if is_mapped and self.kernel_map:
             spec = equation.params["dimension_numbers"].rhs_spec
             kernel = map_kernel(self.kernel_map, operands[1].value, spec)
             operands = [operands[0], Operand(kernel)]
@@ -123,7 +125,8 @@ class Interpreter:
         self, equation: Any, operands: list[Operand], outputs: list[jax.Array]
     ) -> Sequence[Belief]:
         """What is believed of the outputs, by the table of rules."""
-        name, at = equation.primitive.name, self.at(equation)
+        name: str = equation.primitive.name
+        at = self.at(equation)
         lost = [x.belief for x in operands if isinstance(x.belief, Lost)]
         entry = RULES.get(name)
         if lost and not (entry and entry.takes_lost):
@@ -135,7 +138,8 @@ class Interpreter:
             beliefs = entry.rule(operation)
         except Unknown as reason:
             return [lost[0] if lost else Lost(f"{at}: {reason}")] * len(outputs)
-        beliefs = beliefs if isinstance(beliefs, (list, tuple)) else [beliefs]
+        if beliefs is None or isinstance(beliefs, (Known, Lost)):
+            beliefs = [beliefs]
         for belief in beliefs:
             if isinstance(belief, Known) and name not in QUIET:
                 belief.through = (*belief.through, SHORT.get(name, name))

@@ -183,8 +183,10 @@ def crop(op: Operation) -> Known:
 def dynamic_slice(op: Operation) -> Known:
     """The same with indices that are computed."""
     known, axis = op.only(), op.only().axis
-    channels = None if axis is None else op.operands[0].value.shape[axis]
-    if axis is None or op.params["slice_sizes"][axis] == channels:
+    if axis is None:
+        return known.laid_out(None)
+    channels = op.operands[0].value.shape[axis]
+    if op.params["slice_sizes"][axis] == channels:
         return known.laid_out(axis)
     start, size = op.operands[1 + axis].value, op.params["slice_sizes"][axis]
     state = known.of_channels(channels)

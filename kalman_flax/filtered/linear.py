@@ -55,7 +55,9 @@ def kernel_last(kernel: jax.Array, spec: tuple[int, ...]) -> jax.Array:
 def kernel_back(kernel: jax.Array, spec: tuple[int, ...]) -> jax.Array:
     """The inverse of `kernel_last`."""
     out_axis, in_axis, *spatial = spec
-    return jnp.transpose(kernel, np.argsort((*spatial, in_axis, out_axis)))
+    return jnp.transpose(
+        kernel, tuple(np.argsort((*spatial, in_axis, out_axis)).tolist())
+    )
 
 
 def dot_general(op: Operation) -> Known:

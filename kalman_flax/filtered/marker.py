@@ -43,9 +43,10 @@ class Normalizer:
         variables, mask = jax.tree.unflatten(self.variables, leaves)
         token = _applying.set(True)
         try:
-            y, updates = self.module.apply(
+            outputs: Any = self.module.apply(
                 variables, Signal(x, state), mask=mask, mutable=["batch_stats"]
             )
+            y, updates = outputs
         finally:
             _applying.reset(token)
         stats = updates.get("batch_stats", {})

@@ -31,15 +31,19 @@ class Interpreter(Protocol):
         self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Operand]
     ) -> list[Operand]:
         """Evaluates a program."""
+        ...
 
     def apart(self, fn: Callable[[], Any]) -> tuple[Any, list[Row]]:
         """Calls `fn`; returns the rows that it added beside what it returns."""
+        ...
 
     def at(self, equation: Any) -> str:
         """Names an equation, and where it stands in the sources."""
+        ...
 
     def called_at(self, site: str | None) -> AbstractContextManager[None]:
         """While the body of a library function is evaluated."""
+        ...
 
 
 def programs(equation: Any) -> Iterator[Jaxpr]:

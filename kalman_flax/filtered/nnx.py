@@ -48,7 +48,7 @@ def functional(
             _change_class(node, _catching(type(node), name, options, inference))
         outputs = copy(*args, **kwargs)
         for _, node in caught:
-            _change_class(node, type(node).__base__)
+            _change_class(node, type(node).__bases__[0])
         return outputs, nnx.state(copy)
 
     return fn

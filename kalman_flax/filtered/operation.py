@@ -56,11 +56,13 @@ class Operation:
         for position, operand in enumerate(self.operands):
             if (position == index) != isinstance(operand.belief, Known):
                 raise Unknown(f"operand {position} is not the one with the state")
-        return self.operands[index].belief
+        belief = self.operands[index].belief
+        assert isinstance(belief, Known)  # as was just seen
+        return belief
 
     def axis(self) -> int | None:
         """The channel axis that all known operands agree on."""
-        axes = {known.axis for known in self.known} - {None}
+        axes = {known.axis for known in self.known if known.axis is not None}
         if len(axes) > 1:
             raise Unknown(f"the channels are at different axes, {sorted(axes)}")
         return axes.pop() if axes else None
@@ -70,9 +72,9 @@ class Operation:
 
         Computes in float32 what the program does in less.
         """
-        operands = [_at_least_float32(x) for x in operands]
-        operands = vary_alike(jnp.broadcast_arrays(*operands))
-        return self.primitive.bind(*operands, **self.params)
+        arrays = [_at_least_float32(x) for x in operands]
+        arrays = vary_alike(jnp.broadcast_arrays(*arrays))
+        return self.primitive.bind(*arrays, **self.params)
 
 
 def _at_least_float32(x: Any) -> jax.Array:

@@ -30,9 +30,10 @@ def kind_of(operand: Operand) -> Kind:
 
 def meet(a: Kind, b: Kind, at: str) -> Kind:
     """What holds of an operand that is `a` or `b`, such as one of two branches'."""
-    for kind in (a, b):
-        if isinstance(kind, Lost):
-            return kind
+    if isinstance(a, Lost):
+        return a
+    if isinstance(b, Lost):
+        return b
     if a is None and b is None:
         return None
     if a is None or b is None:
@@ -52,6 +53,7 @@ def pack(operands: Sequence[Operand], kinds: Sequence[Kind]) -> tuple[Any, Any]:
 
 
 def _state(operand: Operand, axis: int | None) -> KalmanState:
+    assert isinstance(operand.belief, Known)
     state = KalmanState(*(jnp.asarray(s, jnp.float32) for s in operand.belief.state))
     if axis is None:
         return state
@@ -69,6 +71,7 @@ def unpack(arrays: tuple[Any, Any], kinds: Sequence[Kind]) -> list[Operand]:
 def _belief(state: KalmanState | None, kind: Kind) -> Known | Lost | None:
     if not isinstance(kind, Of):
         return kind
+    assert state is not None  # as `pack` has it for each `Of`
     known = Known.of(state, kind.axis)
     known.through = kind.through
     return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from kalman_flax._filter.predict import (
     predict_sum,
 )
 from kalman_flax._filter.state import KalmanState
-from kalman_flax.filtered.belief import Known, Operand
+from kalman_flax.filtered.belief import Belief, Known, Operand
 from kalman_flax.filtered.operation import (
     Operation,
     Unknown,
@@ -90,7 +91,7 @@ def _promoted(op: Operation) -> int | None:
 def _of_one_root(
     op: Operation, constants: Sequence[jax.Array | None], axis: int | None
 ) -> Known:
-    operands = [x.belief for x in op.operands]
+    operands: list[Any] = [x.belief for x in op.operands]  # Known where not constant
     first = op.known[0]
 
     def fn(nodes: jax.Array) -> jax.Array:
@@ -179,7 +180,7 @@ def _scaled_by_position(op: Operation, axis: int | None) -> Known | None:
     return Known.of(moved, axis, like=[x.belief], base=(state, factor))
 
 
-def same(op: Operation) -> list[Known | None]:
+def same(op: Operation) -> list[Belief]:
     """What is the same to a state: casts between floats, copies, barriers, names."""
     return [
         x.belief.replace(base=x.belief.base, unpadded=x.belief.unpadded)

@@ -36,7 +36,7 @@ RULES: dict[str, Entry] = {}
 
 def register_rule(
     primitive: Any, rule: Rule | None = None, *, takes_lost: bool = False
-) -> Rule | Callable[[Rule], Rule]:
+) -> Any:
     """Sets the rule of a primitive for `kalman_flax.filtered`; also a decorator.
 
     Args:
@@ -82,7 +82,7 @@ QUIET = (
 )
 # fmt: on
 #: what explanations call an operation
-SHORT = {
+SHORT: dict[str, str] = {
     "conv_general_dilated": "conv",
     "dot_general": "dot",
     "reduce_window_sum": "window sum",

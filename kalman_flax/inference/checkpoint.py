@@ -46,8 +46,8 @@ def load_batch_norm(
         ValueError: layers missing on either side, or of another shape, or with a
             kernel that the network's ``kernel_map`` changes; all are named.
     """
-    ours = traverse_util.flatten_dict(variables)
-    theirs = _renamed(traverse_util.flatten_dict(batch_norm_variables))
+    ours: dict[Any, Any] = traverse_util.flatten_dict(variables)
+    theirs: dict[Any, Any] = _renamed(traverse_util.flatten_dict(batch_norm_variables))
     of_filter = _of_filter(ours)
     kept = {path: leaf for path, leaf in ours.items() if path not in of_filter}
     wanted = _renamed({path: path for path in kept})

@@ -16,7 +16,7 @@ from kalman_flax.inference.running import merge_running
 
 def running_moments(batch_stats: Any) -> dict[tuple[str, ...], KalmanState]:
     """Returns the pairs ``mean`` and ``var`` in `batch_stats`, by the layer's path."""
-    flat = traverse_util.flatten_dict(batch_stats)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(batch_stats)
     return {
         path[:-1]: KalmanState(mean, flat[*path[:-1], "var"])
         for path, mean in flat.items()
@@ -85,7 +85,7 @@ def precise_statistics(
     if not count:
         raise ValueError("no batches; precise statistics need at least one.")
 
-    flat = traverse_util.flatten_dict(batch_stats)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(batch_stats)
     for layer, (mean, var) in new.items():
         flat[*layer, "mean"], flat[*layer, "var"] = mean, jnp.maximum(var, 0.0)
     return traverse_util.unflatten_dict(flat)

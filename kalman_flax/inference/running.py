@@ -41,7 +41,7 @@ def merge_running(
         # other, each as soon as it can.
         return lax.optimization_barrier(lax.pmean(stats, axis_name))
 
-    flat = traverse_util.flatten_dict(batch_stats)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(batch_stats)
     variances = {path: stat for path, stat in flat.items() if path[-1] == "var"}
     merged = mean({path: flat[path] for path in flat.keys() - variances.keys()})
     for path in variances:

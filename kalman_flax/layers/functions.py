@@ -22,6 +22,7 @@ from kalman_flax._filter.predict import (
 from kalman_flax._filter.state import KalmanState
 from kalman_flax.layers.signal import (
     Signal,
+    SignalOrArray,
     as_signal,
     is_concrete,
     map_size,
@@ -30,7 +31,7 @@ from kalman_flax.layers.signal import (
 )
 
 
-def relu(x: Signal | jax.Array) -> Signal | jax.Array:
+def relu(x: SignalOrArray) -> SignalOrArray:
     """max(x, 0); moments of a rectified Gaussian in closed form."""
     return through(x, jax.nn.relu, predict_relu)
 
@@ -46,17 +47,23 @@ def activation(
 
 
 def avg_pool(
-    inputs: Signal | jax.Array,
+    inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
     count_include_pad: bool = True,
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """`nn.avg_pool`; neighbours count as alike, so that the state stays as it is, but
     for zeros at the border that count, see `kf.filter.predict_avg_pool`."""
 
     def pool(value: jax.Array) -> jax.Array:
-        pooled = nn.avg_pool(value, window_shape, strides, padding, count_include_pad)
+        pooled = nn.avg_pool(
+            value,
+            window_shape,
+            strides,
+            padding,  # pyright: ignore[reportArgumentType]  # Flax: "str", but takes pairs
+            count_include_pad,
+        )
         return pooled.astype(value.dtype)  # the count of values is a float32 to Flax
 
     def predict(state: KalmanState) -> KalmanState | None:
@@ -76,30 +83,37 @@ def avg_pool(
 
 
 def max_pool(
-    inputs: Signal | jax.Array,
+    inputs: SignalOrArray,
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: str | Sequence[tuple[int, int]] = "VALID",
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """`nn.max_pool`. The maximum of correlated values has no good closed form, so the
     state starts afresh: the observed moments of the pooled map, ``[C]``, or ``[N, C]``
     where the state is one of each example, which must not see the others."""
-    pooled = nn.max_pool(as_signal(inputs).value, window_shape, strides, padding)
+    pooled = nn.max_pool(
+        as_signal(inputs).value,
+        window_shape,
+        strides,
+        padding,  # pyright: ignore[reportArgumentType]  # Flax: "str", but takes pairs
+    )
     if not isinstance(inputs, Signal):
-        return pooled
+        return pooled  # pyright: ignore[reportReturnType]  # as x is
     of_examples = inputs.state is not None and jnp.ndim(inputs.state.mean) > 1
-    return Signal(pooled, observe(pooled, "instance" if of_examples else "batch"))
+    state = observe(pooled, "instance" if of_examples else "batch")
+    return Signal(pooled, state)  # pyright: ignore[reportReturnType]  # as x is
 
 
-def global_avg_pool(x: Signal | jax.Array) -> Signal | jax.Array:
+def global_avg_pool(x: SignalOrArray) -> SignalOrArray:
     """Mean over height and width, ``[..., H, W, C]`` to ``[..., C]``; ends the filter:
     the variance of such a mean is that between images, of which the state says nothing.
     """
     pooled = jnp.mean(as_signal(x).value, axis=(-3, -2))
-    return Signal(pooled, None) if isinstance(x, Signal) else pooled
+    result = Signal(pooled, None) if isinstance(x, Signal) else pooled
+    return result  # pyright: ignore[reportReturnType]  # the type is that of x
 
 
-def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax.Array:
+def pad_channels(x: SignalOrArray, before: int, after: int) -> SignalOrArray:
     """Adds channels of zeros, as the parameter-free shortcut of a CIFAR ResNet does."""
     return through(
         x,
@@ -109,8 +123,8 @@ def pad_channels(x: Signal | jax.Array, before: int, after: int) -> Signal | jax
 
 
 def concatenate(
-    xs: Sequence[Signal | jax.Array], axis: int = -1, dtype: Any = None
-) -> Signal | jax.Array:
+    xs: Sequence[SignalOrArray], axis: int = -1, dtype: Any = None
+) -> SignalOrArray:
     """`jnp.concatenate`, but along the channels where no axis is given.
 
     Joined channels have a state where all branches have. Along another axis values of
@@ -119,20 +133,21 @@ def concatenate(
     signals = [as_signal(x) for x in xs]
     value = jnp.concatenate([s.value for s in signals], axis=axis, dtype=dtype)
     if not any(isinstance(x, Signal) for x in xs):
-        return value
+        return value  # pyright: ignore[reportReturnType]  # as x is
     of_channels = axis in (-1, value.ndim - 1)
     if not of_channels or any(s.state is None for s in signals):
-        return Signal(value)
-    return Signal(value, predict_concatenate([state_of(s) for s in signals]))
+        return Signal(value)  # pyright: ignore[reportReturnType]  # as x is
+    known = [s for s in map(state_of, signals) if s is not None]  # all of them
+    return Signal(value, predict_concatenate(known))  # pyright: ignore[reportReturnType]  # as x is
 
 
 def resize(
-    image: Signal | jax.Array,
+    image: SignalOrArray,
     shape: Sequence[int],
     method: str | jax.image.ResizeMethod,
     antialias: bool = True,
-    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
-) -> Signal | jax.Array:
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+) -> SignalOrArray:
     """`jax.image.resize`, e.g. ``resize(x, (n, 2 * h, 2 * w, c), "nearest")``.
 
     Every method is an average over neighbours, which count as alike, so that the state
@@ -150,10 +165,10 @@ class Dropout(nn.Dropout):
 
     def __call__(
         self,
-        inputs: Signal | jax.Array,
+        inputs: SignalOrArray,
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
-    ) -> Signal | jax.Array:
+    ) -> SignalOrArray:
         """Drops values of ``[..., C]``, each or along `broadcast_dims` together."""
         kept = nn.merge_param("deterministic", self.deterministic, deterministic)
         drop = super().__call__

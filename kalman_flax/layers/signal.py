@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -200,15 +200,18 @@ class Signal(metaclass=_SaysWhatItIs):
             value, state = operate(self.value, other), None
             constant = _per_channel(other, self.shape)
             if self.state is not None and constant is not None:
-                state = of_constant(state_of(self), constant)
+                state = of_constant(for_channels(self.state, self.shape[-1]), constant)
             return Signal(value, state)
         value = operate(self.value, other.value)
         if self.state is None or other.state is None:
             return Signal(value)
+        mine = for_channels(self.state, self.shape[-1])
         if other is self:
             of_one = lambda x: operate(x, x)  # noqa: E731
-            return Signal(value, predict_pointwise(state_of(self), of_one))
-        return Signal(value, of_signals(state_of(self), state_of(other)))
+            return Signal(value, predict_pointwise(mine, of_one))
+        return Signal(
+            value, of_signals(mine, for_channels(other.state, other.shape[-1]))
+        )
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -263,6 +266,10 @@ def _per_channel(constant: Any, shape: tuple[int, ...]) -> jax.Array | None:
     return jnp.reshape(constant, (channels,))
 
 
+#: the type of an input that is the type of the output, too
+SignalOrArray = TypeVar("SignalOrArray", bound=Signal | jax.Array)
+
+
 def as_signal(x: Signal | jax.Array) -> Signal:
     """Returns `x`, as a Signal of unknown state if it is a plain array."""
     return x if isinstance(x, Signal) else Signal(jnp.asarray(x))
@@ -282,10 +289,10 @@ def state_of(x: Signal, axis: int = -1) -> KalmanState | None:
 
 
 def through(
-    x: Signal | jax.Array,
+    x: SignalOrArray,
     move_value: Callable[[jax.Array], jax.Array],
     predict: Callable[[KalmanState], KalmanState | None],
-) -> Signal | jax.Array:
+) -> SignalOrArray:
     """Moves the value by `move_value` and, where it is known, the state by `predict`.
 
     The contract of every predicting layer: a Signal gives a Signal, a plain array a
@@ -295,7 +302,9 @@ def through(
     if not isinstance(x, Signal):
         return move_value(x)
     state = state_of(x)
-    return Signal(move_value(x.value), None if state is None else predict(state))
+    value = move_value(x.value)  # first: it makes the parameters that predict reads
+    moved = None if state is None else predict(state)
+    return Signal(value, moved)  # pyright: ignore[reportReturnType]  # as x is
 
 
 def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 
@@ -34,7 +35,7 @@ class Bottleneck(nn.Module):
         """Maps ``[N, H, W, C]`` to ``[N, H / strides, W / strides, 4 features]``."""
         layers, features = self.layers, self.features
         first, second = (self.strides, 1) if self.stride_in_1x1 else (1, self.strides)
-        options = (
+        options: dict[str, Any] = (
             {"scale_init": nn.initializers.zeros} if self.zero_init_last_scale else {}
         )
         y = layers.conv_norm_activation(x, features, 1, strides=first, name="conv1")

@@ -15,7 +15,7 @@ from kalman_flax.layers.functions import global_avg_pool, relu
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.linear import Conv, Dense
 from kalman_flax.layers.remat import remat
-from kalman_flax.layers.signal import Signal
+from kalman_flax.layers.signal import Signal, as_signal
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -105,7 +105,7 @@ class Network(nn.Module, kw_only=True):
             images = Signal(images, self.input_state)
         x = self._features(images, Layers(norm, conv, self.activation))
         head = Dense(self.num_classes, name="head")
-        return head(global_avg_pool(x)).value.astype(jnp.float32)
+        return as_signal(head(global_avg_pool(x))).value.astype(jnp.float32)
 
     def _block(self, block: type[nn.Module]) -> type[nn.Module]:
         """The class to make a network's blocks of."""
