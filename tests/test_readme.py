@@ -1,6 +1,6 @@
 """The code of the README and the guide, run as printed, in order.
 
-What loads an exported network (docs/training.md) is run in
+What loads an exported network (docs/export.md) is run in
 `tests/train/commands/test_export.py`.
 """
 
