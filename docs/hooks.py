@@ -1,9 +1,11 @@
 """What the site takes from outside docs/: the README as its first page, the changes."""
 
 import pathlib
+import re
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {"index.md": "README.md", "changes.md": "CHANGELOG.md"}
@@ -17,3 +19,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     citation = str(ROOT / "CITATION.cff")
     files.append(File.generated(config, "CITATION.cff", abs_src_path=citation))
     return files
+
+
+def on_page_markdown(
+    markdown: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
+    """Links to the README lead to the first page."""
+    return re.sub(r"\]\(((?:\.\./)*)\.\./README\.md", r"](\1index.md", markdown)
