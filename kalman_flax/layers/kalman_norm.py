@@ -140,8 +140,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             cosine, as learning rates do. With as many as there are in the run, training
             ends with the statistics of inference: those of a single image stop counting
             (docs/lab/evidence.md has what that is worth, and how a gain of 0 can go
-            astray at high learning rates). Counted by ``steps`` in ``batch_stats``, a float32
-            scalar, exact to 2^24.
+            astray at high learning rates). Counted by ``steps`` in ``batch_stats``, a
+            float32 scalar, exact to 2^24.
         axis_name: share observed statistics over this mapped axis, as in
             `nn.BatchNorm`; None normalises every device's micro-batch by itself.
 
