@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # Huge pages: XLA:CPU takes the memory of every step anew, page by page; see
-# docs/performance.md. Where there is no glibc it means nothing.
+# docs/lab/performance.md. Where there is no glibc it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint package clean
+.PHONY: train test lint docs package clean
 
 # Batch norm and Kalman Normalization side by side on the embedded digits.
 train: .venv/installed
@@ -19,6 +19,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documents as a site in build/site; a broken link or reference is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel and the source distribution, as a package index would take them.
 package: .venv/installed

@@ -1,9 +1,11 @@
-"""The code of the README and the guide, run as printed, in order.
+"""The documents: the code of the README and the guide, run as printed, in order; links;
+and that the pages of the API have every public name.
 
-What loads an exported network (docs/training.md) is run in
+What loads an exported network (docs/export.md) is run in
 `tests/train/commands/test_export.py`.
 """
 
+import inspect
 import pathlib
 import re
 
@@ -44,10 +46,23 @@ def test_the_guide(capsys):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *map(str, sorted(pathlib.Path("docs").glob("*.md")))]
+    "page", ["README.md", *map(str, sorted(pathlib.Path("docs").rglob("*.md")))]
 )
 def test_links_lead_somewhere(page):
     page = pathlib.Path(page)
     text = re.sub(r"`[^`]*`", "", page.read_text())
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_api_pages_have_every_public_name():
+    pages = "".join(page.read_text() for page in pathlib.Path("docs/api").glob("*.md"))
+    documented = set(re.findall(r"^::: [\w.]*?(\w+)$", pages, re.M))
+    rooms = (kf, kf.filter, kf.baselines, kf.models, kf.inference, kf.nnx)
+    public = {
+        name
+        for room in rooms
+        for name, value in vars(room).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    } - {"Any"}
+    assert public == documented

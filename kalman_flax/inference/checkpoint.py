@@ -77,7 +77,7 @@ def _check_kernels(
 ) -> None:
     """Raises a ValueError where the network uses other kernels than `variables` has."""
     maps = _kernel_maps(network, variables, args, kwargs)
-    flat = traverse_util.flatten_dict(variables)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
     changed = [
         "/".join(path)
         for path, apply in maps.items()
@@ -113,7 +113,7 @@ def export_batch_norm(
         ``{"params": ..., "batch_stats": ...}``.
     """
     kernel_maps = _kernel_maps(network, variables, args, kwargs)
-    flat = traverse_util.flatten_dict(variables)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
     of_filter = _of_filter(flat)
     exported = {
         path: kernel_maps.get(path, lambda kernel: kernel)(leaf)

@@ -141,9 +141,9 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         decay_steps: None, or the training steps over which q falls to 0 along half a
             cosine, as learning rates do. With as many as there are in the run, training
             ends with the statistics of inference: those of a single image stop counting
-            (docs/evidence.md has what that is worth, and how a gain of 0 can go astray
-            at high learning rates). Counted by ``steps`` in ``batch_stats``, a float32
-            scalar, exact to 2^24.
+            (docs/lab/evidence.md has what that is worth, and how a gain of 0 can go
+            astray at high learning rates). Counted by ``steps`` in ``batch_stats``, a
+            float32 scalar, exact to 2^24.
         axis_name: share observed statistics over this mapped axis, as in
             `nn.BatchNorm`. None observes the batch that the module gets: that of one
             replica under `jax.vmap`, of one device under `jax.shard_map` and

@@ -46,7 +46,7 @@ def exported(tmp_path_factory):
 
 def test_the_snippet_of_the_documents_runs_without_this_project(exported):
     folder, _, expected = exported
-    page = pathlib.Path("docs/training.md").read_text()
+    page = pathlib.Path("docs/export.md").read_text()
     [snippet] = re.findall(
         r"^```python\n((?:(?!^```).)*?jax\.export.*?)^```", page, re.M | re.S
     )
