@@ -127,15 +127,15 @@ class Peers:
         self._sockets[i] = connection
 
     def _dial(self, host: str, port: int) -> None:
-        why = "no answer"
-        for _ in self._waits(lambda: f"process 0 at {host}:{port} ({why})"):
+        self._why = "no answer"
+        for _ in self._waits(lambda: f"process 0 at {host}:{port} ({self._why})"):
             try:
                 connection = socket.create_connection((host, port), timeout=ANSWER)
                 _transmit(connection, process=self.this, of=self.count)
                 self._sockets[0] = connection
                 break
             except OSError as error:
-                why = error.strerror or str(error)
+                self._why = error.strerror or str(error)
                 time.sleep(0.2)
         connection.settimeout(self._timeout + ANSWER)  # it has the limit as well
         while True:
