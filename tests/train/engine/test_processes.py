@@ -31,6 +31,9 @@ from train.engine import processes
 def test_flags_that_do_not_fit(given, message):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
-        with processes.joined():
-            pass
+    with (
+        flagsaver.flagsaver(**given),
+        pytest.raises(ValueError, match=message),
+        processes.joined(),
+    ):
+        pass
