@@ -20,10 +20,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")
 
 def main() -> None:
     """Trains and prints the summary."""
-    processes.join()
-    summary = train(_CONFIG.value, cli.path(_WORKDIR), cli.DATA_DIR.value)
-    if processes.primary():
-        print(describe(summary))
+    with processes.joined():
+        summary = train(_CONFIG.value, cli.path(_WORKDIR), cli.DATA_DIR.value)
+        if processes.primary():
+            print(describe(summary))
 
 
 if __name__ == "__main__":

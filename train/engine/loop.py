@@ -106,6 +106,7 @@ class Loop:
             self._progress(start) as bar,
             Ahead(self.experiment.batch, steps) as batches,
         ):
+            processes.meet()
             if start and self._due(start, self._eval_steps) and not self.run.final:
                 self._test(start, state)  # killed between checkpoint and test
             for step in steps:

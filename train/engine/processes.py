@@ -12,53 +12,129 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from train.engine import rendezvous
+
 AUTO = "auto"
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "Train with several processes: HOST:PORT of process 0, which must be free there;"
-    f" or {AUTO}, on clusters that JAX detects, such as Slurm and Cloud TPU.",
+    f" or {AUTO}, on clusters that JAX detects, such as Slurm and Cloud TPU."
+    " Process 0 listens on all network interfaces, unless --coordinator_bind is given.",
+)
+_BIND = flags.DEFINE_string(
+    "coordinator_bind",
+    None,
+    "IP:PORT on which process 0 listens: the address of one of its interfaces, with the"
+    " port of --coordinator.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes train together.", lower_bound=1
+    "num_processes", None, "How many processes train together."
 )
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout",
+    600,
+    "Seconds that processes wait for each other, at the start and before the first"
+    " update.",
+    lower_bound=1,
 )
+_peers: rendezvous.Peers | None = None
 
 
-def join() -> None:
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
     """Meets the other processes that the flags speak of; without flags there are none.
 
-    Must come before anything that asks JAX for its devices.
+    Must come before anything that asks JAX for its devices. If another process is gone
+    before the block is left, one line says so and the program ends.
 
     Raises:
-        ValueError: flags that do not go together.
+        ValueError: flags that do not go together, or a process that does not come.
     """
-    coordinator, count, this = (
-        _COORDINATOR.value,
-        _NUM_PROCESSES.value,
-        _PROCESS_ID.value,
-    )
+    global _peers
+    coordinator, count, this = _checked()
     if coordinator == AUTO:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=_TIMEOUT.value)
         except ValueError as error:
             raise ValueError(
                 f"JAX detects no cluster here ({error}); give --coordinator=HOST:PORT,"
                 " --num_processes and --process_id."
             ) from error
-    elif coordinator is not None and count is not None and this is not None:
-        if this >= count:
-            raise ValueError(
-                f"process_id is {this}; {count} processes are 0 to {count - 1}."
-            )
-        jax.distributed.initialize(coordinator, count, this)
-    elif (coordinator, count, this) != (None, None, None):
-        raise ValueError(
-            "--coordinator=HOST:PORT, --num_processes and --process_id go together;"
-            f" --coordinator={AUTO} finds out the others."
+    elif coordinator is not None:
+        bind = _BIND.value and rendezvous.parse(_BIND.value, "--coordinator_bind")
+        _peers = rendezvous.Peers(this, count, _TIMEOUT.value)
+        _peers.gather(*rendezvous.parse(coordinator), bind)
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            this,
+            initialization_timeout=_TIMEOUT.value,
+            coordinator_bind_address=_BIND.value,
         )
+    try:
+        yield
+    except Stopped:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if _peers is not None:
+        _peers.leave()
+
+
+def _checked() -> tuple[str | None, int | None, int | None]:
+    """Returns the flags' coordinator, number of processes and number of this one.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    given = coordinator, count, this = (
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+    )
+    together = (
+        "--coordinator=HOST:PORT, --num_processes and --process_id go together;"
+        f" --coordinator={AUTO} finds out the others."
+    )
+    if coordinator == AUTO:
+        if (count, this, _BIND.value) != (None, None, None):
+            raise ValueError(together)
+        return given
+    if coordinator is not None:
+        _, port = rendezvous.parse(coordinator)
+    if given == (None, None, None) and _BIND.value is None:
+        return given
+    if coordinator is None or count is None or this is None:
+        raise ValueError(together)
+    if count < 1:
+        raise ValueError(f"--num_processes is {count}; expected 1 or more.")
+    if not 0 <= this < count:
+        raise ValueError(
+            f"--process_id is {this}; {count} processes are 0 to {count - 1}."
+        )
+    if _BIND.value is not None:
+        _, bound = rendezvous.parse(_BIND.value, "--coordinator_bind")
+        if bound != port:
+            raise ValueError(
+                f"--coordinator_bind has port {bound}, --coordinator {port}; give both"
+                " the same."
+            )
+    return given
+
+
+def meet() -> None:
+    """Waits for the other processes, with more patience than a collective has.
+
+    Gloo, which connects CPUs, gives up after 30 s. With ``--coordinator=auto`` there is
+    no such wait.
+    """
+    if _peers is not None:
+        _peers.meet()
 
 
 def primary() -> bool:
@@ -73,6 +149,7 @@ def check_equal(what: str, value: int) -> None:
     """
     if jax.process_count() == 1:
         return
+    meet()
     values = multihost_utils.process_allgather(np.int64(value)).tolist()
     if len(set(values)) > 1:
         raise ValueError(f"processes that train together differ in {what}: {values}.")
