@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from configs import schema
 from kalman_flax import NORMALIZERS, Normalization, normalization
 from train.engine import plugins
 from train.engine.mesh import DEVICES
@@ -45,7 +46,7 @@ def options_of(config: Any, key: str, set_by: dict[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: one of `set_by` is among them.
     """
-    options = config[key].to_dict()
+    options = schema.plain(config[key])
     for option in sorted(options.keys() & set_by.keys()):
         raise ValueError(f"{key} sets {option}, which {set_by[option]} sets.")
     return options

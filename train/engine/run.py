@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -98,6 +99,11 @@ class Run:
         config, task = self.config, experiment.task
         lines = wd.read_metrics(self.workdir)
         losses = [line["train_loss"] for line in lines if "train_loss" in line]
+        if not losses:
+            logging.warning(
+                "%s has no training loss, so it was lost: the summary goes without",
+                self.workdir / wd.METRICS,
+            )
         summary = {
             "norm": config.norm,
             "batch_size": config.batch_size,
@@ -105,7 +111,7 @@ class Run:
             "learning_rate": config.learning_rate,
             "devices": experiment.mesh.size,
             "seed": config.seed,
-            "final_train_loss": losses[-1],
+            "final_train_loss": losses[-1] if losses else None,
             **{f"test_{name}": value for name, value in self.final.items()},
             "headline": f"test_{task.headline}",
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

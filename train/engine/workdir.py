@@ -22,10 +22,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from configs import base
 from train.engine import processes
+from train.engine.events import Events
+from train.engine.files import (
+    damaged,
+    is_number,
+    naming,
+    parse,
+    read_json,
+    replace,
+    write_json,
+)
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -33,19 +42,18 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 #: keys that a run may go on with another value of, as nothing that it finds hangs on it
 _OF_NO_MATTER = ("data_workers", "debug_nans", "max_pixels", "profile_steps")
+#: of a summary, that all have
+_NUMBERS = (
+    "batch_size",
+    "micro_batch_size",
+    "devices",
+    "seed",
+    "steps",
+    "seconds",
+    "test_images",
+)
 LOCK = "lock"
 OWNER = "owner"  # of the lock, in words
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that a crash leaves the old file or the new one, never half."""
-    _replace(path, json.dumps(content, indent=2) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 @contextlib.contextmanager
@@ -59,7 +67,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     owner = workdir / OWNER
     try:
         with filelock.FileLock(workdir / LOCK, blocking=False):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            with naming(owner):
+                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield
     except filelock.Timeout as error:
         at_work = owner.read_text() if owner.exists() else "which has just begun"
@@ -117,6 +126,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
     Raises:
         FileNotFoundError: there is none in `workdir`.
+        ValueError: it is damaged.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -124,9 +134,15 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             f"no {CONFIG} in {workdir}; expected the --workdir of a run of"
             " `python -m train`."
         )
+    mend = "delete it, and the `python -m train` command of the run writes it anew"
+    content = read_json(path, mend)
     config = base.get_config()
-    for key, value in _as_of_now(json.loads(path.read_text())).items():
-        config[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        for key, value in _as_of_now(content).items():
+            config[key] = tuple(value) if isinstance(value, list) else value
+        base.check(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, mend, f"or of another version: {error}") from error
     return config
 
 
@@ -139,6 +155,24 @@ def _as_of_now(content: dict[str, Any]) -> dict[str, Any]:
     if "plugins" not in content and content.get("norm", "").startswith("control_"):
         content["plugins"] = ["train.studies.controls"]
     return content
+
+
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the summary of a finished run; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = workdir / SUMMARY
+    if not path.exists():
+        return None
+    mend = "delete it, and the command of the run writes it anew"
+    summary = read_json(path, mend)
+    if wrong := [key for key in _NUMBERS if not is_number(summary.get(key))]:
+        raise damaged(path, mend, f"no number for {', '.join(wrong)}")
+    if not isinstance(summary.get("norm"), str):
+        raise damaged(path, mend, "no norm")
+    return summary
 
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
@@ -266,35 +300,57 @@ class MetricsLog:
         self._writes = processes.primary()
         if not self._writes:
             return
-        path = workdir / METRICS
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = path.open("a", buffering=1)
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
-        )
+        self._path = workdir / METRICS
+        replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = self._path.open("a", buffering=1)
+        self._events = Events(workdir / "tensorboard", step)
 
     def write(self, step: int, seconds: float, **scalars: float) -> None:
-        """Writes one line: after `step` updates and so many seconds."""
+        """Writes one line: after `step` updates and so many seconds.
+
+        Raises:
+            OSError: it could not be written, say because the disk is full.
+        """
         if not self._writes:
             return
         line = {"step": step, "seconds": round(seconds, 3)} | scalars
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        with naming(self._path):
+            self._lines.write(json.dumps(line) + "\n")
+        self._events.write(step, scalars)
 
     def close(self) -> None:
         """Flushes and closes both files."""
         if not self._writes:
             return
-        self._lines.close()
+        with naming(self._path):
+            self._lines.close()
         self._events.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads what `MetricsLog` wrote; a last line cut off by a crash does not count."""
+    """Reads what `MetricsLog` wrote; a last line cut off by a crash does not count.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     path = workdir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, text in enumerate(lines, 1):
+        if not text.endswith(b"\n"):
+            break
+        line = parse(text)
+        if not (
+            isinstance(line, dict)
+            and {"step", "seconds"} <= line.keys()
+            and all(map(is_number, line.values()))
+        ):
+            raise damaged(
+                f"line {number} of {path}",
+                "delete the line, or the file: the run goes on without it",
+            )
+        found.append(line)
+    return found
 
 
 def last_test(workdir: pathlib.Path, step: int) -> dict[str, float]:
