@@ -82,6 +82,7 @@ class Key:
             isinstance(item, tuple | list)
             and len(item) == 2
             and isinstance(item[0], str)
+            and item[0].isprintable()  # it stands in tables and pictures
             and isinstance(item[1], Mapping)
         )
 

@@ -29,7 +29,7 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
     """Returns the config of one run.
 
     Raises:
-        ValueError: a variant sets a key that there is not.
+        ValueError: a variant sets a key that there is not, or a value of another type.
     """
     config = copy.deepcopy(config)
     config.variants = ()  # a run is the same in whichever study
@@ -38,7 +38,12 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
             raise ValueError(
                 f"variant {entry.variant!r} sets {key!r}, which is no key of a config."
             )
-        config[key] = value
+        try:
+            config[key] = value
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"variant {entry.variant!r} sets {key}: {error}"
+            ) from error
     config.seed += seed
     return config
 
