@@ -99,6 +99,9 @@ def expected(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return f"{text}; pip install 'kalman_flax[train]' has all that commands need."
     if isinstance(error, ValueError | FloatingPointError):
+        place = traceback.extract_tb(error.__traceback__)
+        if place and "site-packages" in place[-1].filename:  # no words of ours
+            text += " (--verbosity=1 shows where)"
         return text
     return None
 
@@ -185,25 +188,29 @@ def micro_batch_size(text: str) -> int:
 def _parse(arguments: list[str]) -> list[str]:
     """Parses flags; what ml_collections raises for a bad --config is input as well."""
     try:
-        return flags.FLAGS(arguments)
+        rest = flags.FLAGS(arguments)
+        if "config" in flags.FLAGS:  # one that could not be loaded says so when used
+            getattr(flags.FLAGS["config"].value, "keys", None)
     except SystemExit:  # after --help, with absl's status 1
         if "config" in flags.FLAGS:
             print(f"\n{base.listing()}")
         sys.exit(0)
     except flags.Error as error:
         sys.exit(f"error: {_without_traceback(error)}\nPass --help for the flags.")
+    except (OSError, SyntaxError) as error:
+        sys.exit(f"error: bad --config: {error}")
     except Exception as error:  # a config is a program, and may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
-        at = f" ({place.filename}, line {place.lineno})"
-        if isinstance(error, OSError | SyntaxError) or "ml_collections" in at:
-            at = ""
+        where = f"{place.filename}, line {place.lineno}"
+        if "ml_collections" in place.filename:
+            keys = [each for each in arguments if each.startswith("--config.")]
+            where = f"with {' '.join(keys)}"
         # For an unknown key the message lies in a KeyError, whose own text is a repr.
         message = error.args[0] if error.args else type(error).__name__
-        if isinstance(message, KeyError):
-            message = f"no key {message.args[0]}"
-        if isinstance(error, OSError | SyntaxError):
-            message = error
-        sys.exit(f"error: bad --config: {message}{at}")
+        if isinstance(error, KeyError) or isinstance(message, KeyError):
+            message = f"no key {str(message).strip(chr(34))}"
+        sys.exit(f"error: bad --config: {message} ({where})")
+    return rest
 
 
 def _without_traceback(error: flags.Error) -> str:
