@@ -8,9 +8,11 @@ import pathlib
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -38,6 +40,8 @@ _COMPILED = flags.DEFINE_string(
 _MOST_COMPILED = 2 * 2**30
 
 
+#: seconds that threads have to end after an error
+_PATIENCE = 5.0
 _BUG = (
     "This is a bug in kalman_flax. Please report it, with the lines above and the"
     " command."
@@ -76,11 +80,27 @@ def run(main: Callable[..., None], positional: int = 0) -> None:
             if (line := expected(error)) is None:
                 traceback.print_exception(error)
                 print(_BUG, file=sys.stderr)
-                sys.exit(os.EX_SOFTWARE)
+                _leave(os.EX_SOFTWARE)
             logging.debug("traceback", exc_info=True)
-            sys.exit(f"error: {line}")
+            print(f"error: {line}", file=sys.stderr)
+            _leave(1)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process. Where a checkpoint could not be written, threads of Orbax may
+    wait for each other, and Python for them, for many minutes."""
+    until = time.monotonic() + _PATIENCE
+    others = [t for t in threading.enumerate() if t is not threading.main_thread()]
+    for thread in others:
+        if not thread.daemon:
+            thread.join(max(0.0, until - time.monotonic()))
+    if any(thread.is_alive() and not thread.daemon for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def expected(error: Exception) -> str | None:

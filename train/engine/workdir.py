@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging as python_logging
 import os
 import pathlib
 import platform
@@ -177,12 +179,19 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Opens the run's checkpoints; the last two are kept."""
+    # What fails is raised, and need not be in the log as well, once by every thread.
+    logging.get_absl_logger().addFilter(_no_error_of_orbax)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     return ocp.CheckpointManager(
         workdir.absolute() / CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         ),
     )
+
+
+def _no_error_of_orbax(record: python_logging.LogRecord) -> bool:
+    return record.levelno < python_logging.ERROR or "orbax" not in record.pathname
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
@@ -198,9 +207,12 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
     try:
         checkpoints.save(step, args=args)
     except Exception as error:  # of Orbax and TensorStore, with the system's own words
+        why = " ".join(str(error).split())
+        full = os.strerror(errno.ENOSPC)
         raise OSError(
             f"the checkpoint of step {step} could not be saved in"
-            f" {checkpoints.directory}; those before it are kept. {error}"
+            f" {checkpoints.directory}; those before it are kept."
+            f" {full if full in why else why[:300]}"
         ) from error
 
 
