@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: characters of a name in a picture
-_LONGEST = 40
+_LONGEST = 30
 
 
 def printable(name: str) -> str:

@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from train.engine import processes
+from train.engine import metrics, processes
 from train.engine import workdir as wd
 from train.engine.experiment import Experiment
 from train.engine.step import TrainState
@@ -61,9 +61,9 @@ class Run:
         step = int(state.step)
         processes.check_equal("the step of their last checkpoint", step)
         wd.forget_after(self._checkpoints, step)
-        self.log = wd.MetricsLog(self.workdir, step)
+        self.log = metrics.MetricsLog(self.workdir, step)
         self._stack.callback(self.log.close)
-        self.final = wd.last_test(self.workdir, step)
+        self.final = metrics.last_test(self.workdir, step)
         processes.check_equal("what their logs say of the last test", len(self.final))
         return state
 
@@ -97,12 +97,12 @@ class Run:
     ) -> dict[str, Any]:
         """Returns the summary, and writes it."""
         config, task = self.config, experiment.task
-        lines = wd.read_metrics(self.workdir)
+        lines = metrics.read_metrics(self.workdir)
         losses = [line["train_loss"] for line in lines if "train_loss" in line]
         if not losses:
             logging.warning(
                 "%s has no training loss, so it was lost: the summary goes without",
-                self.workdir / wd.METRICS,
+                self.workdir / metrics.METRICS,
             )
         summary = {
             "norm": config.norm,

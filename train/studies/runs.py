@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from train.data.sets import check_prepared
+from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.loop import train
 from train.engine.run import NonFiniteError
@@ -92,4 +93,6 @@ def _report_diverged(job: Job, error: NonFiniteError) -> report.Run:
 
 
 def _report(job: Job, summary: dict[str, Any]) -> report.Run:
-    return report.Run({"variant": job.variant} | summary, wd.read_metrics(job.run_dir))
+    return report.Run(
+        {"variant": job.variant} | summary, metrics.read_metrics(job.run_dir)
+    )

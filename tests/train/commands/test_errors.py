@@ -155,7 +155,7 @@ def test_names_of_classes_that_files_cannot_take(name, tmp_path):
     assert lines[1:] == [f"{printable(name)},2,0", "other,1,1"]
     confusion.plot(tmp_path / "c.png", counts, names, "title")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert len(pictured(name)) <= 41
+    assert len(pictured(name)) <= 31
 
 
 def test_a_task_without_accuracy_is_described():
