@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from train import cli
 from train.analysis.speed import Stepper, between_lines, measure, quartiles, ratio
+from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.experiment import build
 from train.engine.loop import train
@@ -44,7 +45,7 @@ def main() -> None:
         train(config, run, cli.DATA_DIR.value)
         seconds += measure({"step": step}, _STEPS)["step"]
         bare.append(config.batch_size / float(np.median(seconds)))
-        lines = between_lines(wd.read_metrics(run), config.batch_size)
+        lines = between_lines(metrics.read_metrics(run), config.batch_size)
         whole.append(float(np.median(lines)))
     found = {
         "bare_images_per_second": quartiles(bare),

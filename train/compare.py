@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import base
 from kalman_flax import NORMALIZERS
 from train import cli
 from train.engine import workdir as wd
@@ -58,11 +59,9 @@ def chosen(study: list[Entry], names: list[str] | None) -> list[Entry]:
     """Returns the entries of a study that are named; all for None.
 
     Raises:
-        ValueError: an unknown name, or none.
+        ValueError: an unknown name.
     """
     known = list(dict.fromkeys(entry.variant for entry in study))
-    if names == []:
-        raise ValueError("--variants is empty; leave it out for all of them.")
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"unknown variants {unknown}; the config has {known}.")
     return [entry for entry in study if names is None or entry.variant in names]
@@ -104,15 +103,17 @@ def _micro_batch(size: str) -> dict[str, int]:
 def main() -> None:
     """Runs what is missing, prints the table, writes CSV, JSON and PNG."""
     config, workdir = _CONFIG.value, cli.path(_WORKDIR)
-    entries = chosen([Entry(*variant) for variant in config.variants], _VARIANTS.value)
-    if _NORMS.value or not entries:
-        entries = [parse_norm(text) for text in _NORMS.value or ("batch", "kalman")]
+    base.check(config)
+    norms, sizes = _NORMS.value, _MICRO_BATCH_SIZES.value
+    study = [Entry(*variant) for variant in config.variants]
+    entries = chosen(study, _VARIANTS.value)
+    if norms or not entries:
+        entries = [parse_norm(text) for text in norms or ("batch", "kalman")]
     set_by_flags = cli.config_keys()
-    if _MICRO_BATCH_SIZES.value:
+    if sizes:
         set_by_flags.append("micro_batch_size")
     check_overrides(entries, set_by_flags)
-    sizes = _MICRO_BATCH_SIZES.value or [str(config.micro_batch_size)]
-    entries = at_sizes(entries, sizes)
+    entries = at_sizes(entries, sizes or [str(config.micro_batch_size)])
     jobs = []
     for seed in range(_SEEDS.value):  # seeds outermost: half a table is a table too
         for entry in entries:
@@ -122,12 +123,12 @@ def main() -> None:
     runs = run_all(jobs, cli.DATA_DIR.value)
     print(report.table(runs))
     report.write_csv(workdir / "comparison.csv", runs)
-    base = {key: v for key, v in config.to_dict().items() if key != "variants"}
+    shared = {key: v for key, v in config.to_dict().items() if key != "variants"}
     rows = [  # each with what it changes of the config
-        run.row() | {"config": ledger.changed(job.config.to_dict(), base)}
+        run.row() | {"config": ledger.changed(job.config.to_dict(), shared)}
         for run, job in zip(runs, jobs)
     ]
-    content = {**wd.provenance(), "config": base, "runs": rows}
+    content = {**wd.provenance(), "config": shared, "runs": rows}
     wd.write_json(workdir / "comparison.json", content)
     figure.plot(workdir / "comparison.png", runs)
     print(f"written: {workdir}/comparison.csv, .json, .png")

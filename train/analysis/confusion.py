@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from train.data.text import pictured, printable
+
 #: more could not be read in a picture
 MOST_CLASSES = 100
 #: up to so many, the picture has the numbers in it
@@ -22,7 +24,8 @@ MOST_NUMBERS = 20
 def write_csv(path: pathlib.Path, counts: np.ndarray, names: Sequence[str]) -> None:
     """Writes the images ``[classes, classes]`` of each true class, a row, that were
     taken for each, a column."""
-    with path.open("w", newline="") as file:
+    names = list(map(printable, names))
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *names])
         writer.writerows(
@@ -40,7 +43,9 @@ def plot(
     side = min(16.0, 3.5 + 0.45 * classes)
     figure, axes = plt.subplots(figsize=(side + 1, side))
     few = classes <= MOST_NUMBERS
-    display = ConfusionMatrixDisplay(share, display_labels=names).plot(
+    display = ConfusionMatrixDisplay(
+        share, display_labels=list(map(pictured, names))
+    ).plot(
         include_values=few,
         cmap="Blues",
         xticks_rotation="vertical",

@@ -20,7 +20,6 @@ from kalman_flax._filter.state import check_choice
 from kalman_flax.inference.example_weighing import weigh_example
 from kalman_flax.layers.linear import RNG
 from train.data.batches import (
-    STANDARDIZE,
     Crops,
     Split,
     Standardize,
@@ -73,9 +72,8 @@ class Classification:
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuses, with a ValueError, a network or standardisation there is not."""
+        """Refuses, with a ValueError, a network there is not."""
         check_choice("network", config.network, tuple(NETWORKS))
-        check_choice("standardize", config.standardize, STANDARDIZE)
 
     @classmethod
     def build(cls, config: Any, mesh: Mesh, data_dir: str | None) -> Self:

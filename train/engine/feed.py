@@ -99,6 +99,9 @@ def read_ahead(read: Read, rows: np.ndarray, step: int, workers: int) -> Iterato
         step: the first.
         workers: processes that read; 0: as many threads of this one as the machine has
             cores, up to `MOST_THREADS`. Neither changes a batch.
+
+    Raises:
+        ChildProcessError: one of them was killed.
     """
     import grain  # half a second, which only those pay who need it
 
@@ -121,7 +124,24 @@ def read_ahead(read: Read, rows: np.ndarray, step: int, workers: int) -> Iterato
         pieces = pieces.mp_prefetch(
             grain.MultiprocessingOptions(workers, 2), worker_init_fn=_end_with_trainer
         )
-    return iter(pieces.batch(parts, batch_fn=_join))
+    return _alive(iter(pieces.batch(parts, batch_fn=_join)))
+
+
+def _alive(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields `batches`.
+
+    Raises:
+        ChildProcessError: a process that reads them was killed.
+    """
+    try:
+        yield from batches
+    except RuntimeError as error:  # of grain, which has no type of its own for it
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise ChildProcessError(
+            "one of the data_workers was killed, perhaps for want of memory: fewer of"
+            f" them need less. The same command goes on. ({error})"
+        ) from error
 
 
 def _end_with_trainer(*_: int) -> None:

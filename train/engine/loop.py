@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import time
 from typing import Any
@@ -15,11 +14,13 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from configs import base
 from train.engine import processes, trained_on
 from train.engine import workdir as wd
 from train.engine.diagnose import find_bad_number
 from train.engine.experiment import Experiment, build
 from train.engine.feed import Ahead
+from train.engine.files import directory
 from train.engine.profile import profiler
 from train.engine.run import NonFiniteError, Run
 from train.engine.step import Metrics, TrainState
@@ -39,23 +40,24 @@ def train(
         data_dir: see `train.data.sets.load_dataset`.
 
     Returns:
-        The summary. A finished run is not run again: its summary is read.
+        The summary. A finished run is not run again: its summary is read, and nothing
+        written.
 
     Raises:
         ValueError: a bad config; a workdir of another config or other data, or of
-            another run at work, or with damaged checkpoints alone; images that cannot
-            be decoded.
+            another run at work, or with damaged checkpoints alone, or with another
+            damaged file; images that cannot be decoded.
         FileNotFoundError: the data set is not there.
         NonFiniteError: a loss, a gradient or a parameter became NaN or infinite; the
             last good checkpoint stays.
         OSError: the disk is full, or the workdir cannot be written.
         processes.Stopped: SIGTERM or Ctrl-C came; where the run was is saved.
     """
-    workdir = pathlib.Path(workdir)
-    if (workdir / wd.SUMMARY).exists():
-        wd.claim(workdir, config)
-        return json.loads((workdir / wd.SUMMARY).read_text())
+    workdir = directory(workdir)
+    base.check(config)
     wd.check_same(workdir, config)
+    if (summary := wd.read_summary(workdir)) is not None:
+        return summary
     # first: a bad config, or bad data, claims no workdir
     experiment = build(config, data_dir)
     data = trained_on.check(workdir, experiment.task, files=True)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from configs import schema
 from kalman_flax import NORMALIZERS, Normalization, explain, normalization
 from kalman_flax.layers.linear import RNG
 from train.engine import plugins
@@ -81,7 +82,7 @@ def options_of(config: Any, key: str, set_by: dict[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: one of `set_by` is among them.
     """
-    options = config[key].to_dict()
+    options = schema.plain(config[key])
     for option in sorted(options.keys() & set_by.keys()):
         raise ValueError(f"{key} sets {option}, which {set_by[option]} sets.")
     return options

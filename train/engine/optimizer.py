@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from configs.schema import Key
 from train.engine.normalizer import options_of
 
 Links = list[optax.GradientTransformation]
@@ -56,21 +57,30 @@ _SET_BY = {
     "weight_decay_mask": "the engine: kernels alone decay",
     "trust_ratio_mask": "the engine: kernels alone",
 }
+#: of options that are shares; the others are any number
+_RANGES = {"b1": {"least": 0, "below": 1}, "b2": {"least": 0, "below": 1}}
 
 
 def check_optimizer(config: Any) -> dict[str, Any]:
     """Returns the options of the optimiser that `config` names.
 
     Raises:
-        ValueError: one that there is not; those there are are listed.
+        ValueError: one that there is not, and those there are are listed; or one that
+            cannot be.
     """
     options = options_of(config, "optimizer_options", _SET_BY)
     _, function = OPTIMIZERS[config.optimizer]
-    there = sorted(inspect.signature(function).parameters.keys() - _SET_BY.keys())
+    parameters = inspect.signature(function).parameters
+    there = sorted(parameters.keys() - _SET_BY.keys())
     if unknown := sorted(options.keys() - set(there)):
         raise ValueError(
             f"optimizer {config.optimizer!r} has no option {unknown}; it has {there}."
         )
+    for name, option in options.items():
+        default = parameters[name].default
+        if isinstance(default, bool | float):
+            key = Key(default, "", **_RANGES.get(name, {}))
+            key.check(f"optimizer_options.{name}", option)
     return options
 
 

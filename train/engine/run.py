@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from train.engine import processes
+from train.engine import metrics, processes
 from train.engine import workdir as wd
 from train.engine.experiment import Experiment
 from train.engine.normalizer import count_predicted
@@ -61,9 +62,9 @@ class Run:
         step = int(state.step)
         processes.check_equal("the step of their last checkpoint", step)
         wd.forget_after(self._checkpoints, step)
-        self.log = wd.MetricsLog(self.workdir, step)
+        self.log = metrics.MetricsLog(self.workdir, step)
         self._stack.callback(self.log.close)
-        self.final = wd.last_test(self.workdir, step)
+        self.final = metrics.last_test(self.workdir, step)
         processes.check_equal("what their logs say of the last test", len(self.final))
         return state
 
@@ -97,8 +98,13 @@ class Run:
     ) -> dict[str, Any]:
         """Returns the summary, and writes it."""
         config, task = self.config, experiment.task
-        lines = wd.read_metrics(self.workdir)
+        lines = metrics.read_metrics(self.workdir)
         losses = [line["train_loss"] for line in lines if "train_loss" in line]
+        if not losses:
+            logging.warning(
+                "%s has no training loss, so it was lost: the summary goes without",
+                self.workdir / metrics.METRICS,
+            )
         summary = {
             "norm": config.norm,
             "batch_size": config.batch_size,
@@ -106,7 +112,7 @@ class Run:
             "learning_rate": config.learning_rate,
             "devices": experiment.mesh.size,
             "seed": config.seed,
-            "final_train_loss": losses[-1],
+            "final_train_loss": losses[-1] if losses else None,
             **{f"test_{name}": value for name, value in self.final.items()},
             "headline": f"test_{task.headline}",
             **count_predicted(task.network, state.variables, task.inputs()),

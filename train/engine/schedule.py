@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from configs.base import MOST_STEPS
+
 #: keys that say the same in epochs and in steps; 0 or () where the other one says it
 _EITHER = {
     "epochs": "total_steps",
@@ -32,10 +34,6 @@ def check_schedule(config: Any) -> None:
             raise ValueError(
                 f"{warmup} {config[warmup]} leaves none of {length} {config[length]}."
             )
-    if config.warmup_from > 1:
-        raise ValueError(
-            f"warmup_from is {config.warmup_from}; expected a factor from 0 to 1."
-        )
     key = "step_drops" if config.step_drops else "step_epochs"
     at = config[key]
     if len(at) != len(config.step_factors):
@@ -47,8 +45,18 @@ def check_schedule(config: Any) -> None:
 
 
 def count_steps(config: Any, steps_per_epoch: int) -> int:
-    """Returns the updates of a run."""
-    return config.total_steps or config.epochs * steps_per_epoch
+    """Returns the updates of a run.
+
+    Raises:
+        ValueError: they are more than a run can have.
+    """
+    steps = config.total_steps or config.epochs * steps_per_epoch
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"epochs {config.epochs} of {steps_per_epoch} updates are {steps:,} of"
+            f" them; expected at most {MOST_STEPS:,}."
+        )
+    return steps
 
 
 def make_schedule(config: Any, steps_per_epoch: int) -> optax.Schedule:

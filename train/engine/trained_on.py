@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -11,6 +10,7 @@ from absl import logging
 from train.engine import processes
 from train.engine import workdir as wd
 from train.engine.experiment import Experiment
+from train.engine.files import damaged, read_json
 from train.engine.step import TrainState
 from train.engine.task import Task
 
@@ -54,14 +54,8 @@ def keep(workdir: pathlib.Path, found: dict[str, Any]) -> None:
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        kept = json.loads(path.read_text())
-    except ValueError:
-        kept = None
-    if not isinstance(kept, dict) or not all(
-        isinstance(part, dict) for part in kept.values()
-    ):
-        raise ValueError(
-            f"{path} is damaged; delete it to go on with the data that is there now."
-        )
+    mend = "delete it to go on with the data that is there now"
+    kept = read_json(path, mend)
+    if not all(isinstance(part, dict) for part in kept.values()):
+        raise damaged(path, mend)
     return kept

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging as python_logging
 import os
 import pathlib
 import platform
@@ -22,30 +24,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from configs import base
 from train.engine import processes
+from train.engine.files import (
+    damaged,
+    is_number,
+    naming,
+    read_json,
+    write_json,
+)
 
 CONFIG = "config.json"
-METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 #: keys that a run may go on with another value of, as nothing that it finds hangs on it
 _OF_NO_MATTER = ("data_workers", "debug_nans", "max_pixels", "profile_steps")
+#: of a summary, that all have
+_NUMBERS = (
+    "batch_size",
+    "micro_batch_size",
+    "devices",
+    "seed",
+    "steps",
+    "seconds",
+    "test_images",
+)
 LOCK = "lock"
 OWNER = "owner"  # of the lock, in words
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that a crash leaves the old file or the new one, never half."""
-    _replace(path, json.dumps(content, indent=2) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 @contextlib.contextmanager
@@ -59,7 +65,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     owner = workdir / OWNER
     try:
         with filelock.FileLock(workdir / LOCK, blocking=False):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            with naming(owner):
+                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield
     except filelock.Timeout as error:
         at_work = owner.read_text() if owner.exists() else "which has just begun"
@@ -117,6 +124,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
     Raises:
         FileNotFoundError: there is none in `workdir`.
+        ValueError: it is damaged.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -124,9 +132,15 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             f"no {CONFIG} in {workdir}; expected the --workdir of a run of"
             " `python -m train`."
         )
+    mend = "delete it, and the `python -m train` command of the run writes it anew"
+    content = read_json(path, mend)
     config = base.get_config()
-    for key, value in _as_of_now(json.loads(path.read_text())).items():
-        config[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        for key, value in _as_of_now(content).items():
+            config[key] = tuple(value) if isinstance(value, list) else value
+        base.check(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, mend, f"or of another version: {error}") from error
     return config
 
 
@@ -139,21 +153,46 @@ def _as_of_now(content: dict[str, Any]) -> dict[str, Any]:
         # Of other networks width said nothing, and of this one it said what it has.
         if content.get("network") != "cifar_resnet" or content.get("width") == 16:
             content["width"] = 0
-        if content.get("norm", "").startswith("kalman_paper"):
+        if str(content.get("norm")).startswith("kalman_paper"):
             content["norm"] = content["norm"].replace("paper", "paper_literal", 1)
-    if "plugins" not in content and content.get("norm", "").startswith("control_"):
+    if "plugins" not in content and str(content.get("norm")).startswith("control_"):
         content["plugins"] = ["train.studies.controls"]
     return content
 
 
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the summary of a finished run; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = workdir / SUMMARY
+    if not path.exists():
+        return None
+    mend = "delete it, and the command of the run writes it anew"
+    summary = read_json(path, mend)
+    if wrong := [key for key in _NUMBERS if not is_number(summary.get(key))]:
+        raise damaged(path, mend, f"no number for {', '.join(wrong)}")
+    if not isinstance(summary.get("norm"), str):
+        raise damaged(path, mend, "no norm")
+    return summary
+
+
 def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Opens the run's checkpoints; the last two are kept."""
+    # What fails is raised, and need not be in the log as well, once by every thread.
+    logging.get_absl_logger().addFilter(_no_error_of_orbax)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     return ocp.CheckpointManager(
         workdir.absolute() / CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         ),
     )
+
+
+def _no_error_of_orbax(record: python_logging.LogRecord) -> bool:
+    return record.levelno < python_logging.ERROR or "orbax" not in record.pathname
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
@@ -169,9 +208,12 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
     try:
         checkpoints.save(step, args=args)
     except Exception as error:  # of Orbax and TensorStore, with the system's own words
+        why = " ".join(str(error).split())
+        full = os.strerror(errno.ENOSPC)
         raise OSError(
             f"the checkpoint of step {step} could not be saved in"
-            f" {checkpoints.directory}; those before it are kept. {error}"
+            f" {checkpoints.directory}; those before it are kept."
+            f" {full if full in why else why[:300]}"
         ) from error
 
 
@@ -254,61 +296,6 @@ def memory_in_use() -> int:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return max(s.get("peak_bytes_in_use", resident) for s in stats)
-
-
-class MetricsLog:
-    """Scalars by step, as JSON lines for our own plots and as TensorBoard events.
-
-    Opened at step s, it forgets what an interrupted run wrote after its checkpoint. Of
-    several processes the first one writes.
-    """
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        """Opens the log of a run that goes on from `step`."""
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        #: seconds that training took up to `step`, over all interruptions
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
-        self._writes = processes.primary()
-        if not self._writes:
-            return
-        path = workdir / METRICS
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = path.open("a", buffering=1)
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
-        )
-
-    def write(self, step: int, seconds: float, **scalars: float) -> None:
-        """Writes one line: after `step` updates and so many seconds."""
-        if not self._writes:
-            return
-        line = {"step": step, "seconds": round(seconds, 3)} | scalars
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes both files."""
-        if not self._writes:
-            return
-        self._lines.close()
-        self._events.close()
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads what `MetricsLog` wrote; a last line cut off by a crash does not count."""
-    path = workdir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def last_test(workdir: pathlib.Path, step: int) -> dict[str, float]:
-    """Returns what the test after `step` updates found; empty if there was none."""
-    found: dict[str, float] = {}
-    for line in read_metrics(workdir):
-        if line["step"] == step:
-            found |= {k: v for k, v in line.items() if k.startswith("test_")}
-    return {name.removeprefix("test_"): value for name, value in found.items()}
 
 
 def provenance() -> dict[str, Any]:

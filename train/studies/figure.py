@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from train.data.text import pictured
 from train.studies.report import (
     Run,
     groups,
@@ -111,7 +112,7 @@ def save_by_size(
 
 def _name(variant: str, micro: int, with_size: bool) -> str:
     size = f"@{micro}"
-    return variant + size if with_size and size not in variant else variant
+    return pictured(variant + size if with_size and size not in variant else variant)
 
 
 def is_ours(norm: str) -> bool:
@@ -127,7 +128,7 @@ def _lines(members: dict[str, list[Run]]) -> list[Line]:
         by_size[first["micro_batch_size"]] = [
             100 * run.summary[run.headline] for run in group
         ]
-    return [Line(name, ours, sizes) for (name, ours), sizes in values.items()]
+    return [Line(pictured(name), ours, sizes) for (name, ours), sizes in values.items()]
 
 
 def _colors_of(lines: Sequence[Line]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from configs import experiments
+from train.studies.report import has_result
 
 RUNS, COMMANDS = "runs.csv", "commands.csv"
 #: what a run was; two rows that agree in all of these are the same run
@@ -130,7 +131,7 @@ def _row(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, dict | list) and key != "command"
     }
     text = json.dumps(changed, separators=(",", ":"), sort_keys=True)
-    diverged = summary.get("final_train_loss") is None
+    diverged = not has_result(summary)
     return scalars | {
         "experiment": experiment,
         "config": text if changed else "",

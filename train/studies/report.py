@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,9 +79,10 @@ def headline_of(runs: Sequence[Run]) -> str:
 def describe(summary: dict[str, Any]) -> str:
     """Returns what a single run came to: two lines, and one on the predictions of
     Kalman normalisers."""
-    images = summary["steps"] * summary["batch_size"] / summary["seconds"]
+    seconds = max(summary["seconds"], 0.1)  # it is rounded to tenths
+    images = summary["steps"] * summary["batch_size"] / seconds
     name = Run(summary, []).headline
-    found = [_percent(summary, option) for option in options(name)]
+    found = [_shown(summary, option) for option in options(name) if option in summary]
     labels = ("A, moving statistics: ", "B, micro-batch statistics: ")
     if len(found) == 1:
         labels = ("",)
@@ -89,8 +90,8 @@ def describe(summary: dict[str, Any]) -> str:
         f"{summary['norm']}: batch {summary['batch_size']}, micro-batch"
         f" {summary['micro_batch_size']}, {summary['devices']} device(s),"
         f" {summary['steps']} steps in {summary['seconds']:.0f} s with tests and"
-        f" checkpoints, {images:.0f} images/s\n"
-        f"{metric_name(name)} on {summary['test_images']} images  "
+        f" checkpoints, {images:.0f} examples/s\n"
+        f"{metric_name(name)} on {summary['test_images']} examples  "
         + "  ".join(label + text for label, text in zip(labels, found))
         + _predicted(summary)
     )
@@ -103,11 +104,16 @@ def _predicted(summary: dict[str, Any]) -> str:
     return "\n{} of {} normalisers predicted".format(*summary["predicted"])
 
 
-def _percent(summary: dict[str, Any], metric: str) -> str:
+def _shown(summary: dict[str, Any], metric: str) -> str:
+    value = format(summary[metric], form(metric)[2:-1])
     # Not there for few classes, and in runs from before it was counted.
     top5 = summary.get(metric.replace("accuracy", "top5_accuracy"))
-    share = f"{summary[metric]:.2%}"
-    return share if top5 in (None, summary[metric]) else f"{share} (top-5 {top5:.2%})"
+    return value if top5 in (None, summary[metric]) else f"{value} (top-5 {top5:.2%})"
+
+
+def form(metric: str) -> str:
+    """Returns how a metric is printed, for `str.format`: accuracies in %."""
+    return "{:.2%}" if "accuracy" in metric else "{:.4g}"
 
 
 def groups(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
@@ -120,8 +126,10 @@ def groups(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
 
 
 def spread(runs: Sequence[Run], column: str) -> tuple[float, float]:
-    """Mean and sample standard deviation over the runs that did not diverge."""
-    return mean_sd([run.summary[column] for run in runs if not run.diverged])
+    """Mean and sample standard deviation over the runs that did not diverge and have
+    the column."""
+    values = [run.summary.get(column) for run in runs if not run.diverged]
+    return mean_sd([value for value in values if value is not None])
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -133,9 +141,10 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 def table(runs: Sequence[Run]) -> str:
     """Returns a Markdown table: a row for each variant and micro-batch size."""
     metrics = options(headline_of(runs))
-    heads = ("A, moving (%)", "B, micro-batch (%)")
+    unit = " (%)" if form(metrics[0]).endswith("%}") else ""
+    heads = (f"A, moving{unit}", f"B, micro-batch{unit}")
     if len(metrics) == 1:
-        heads = (f"{metric_name(metrics[0])} (%)",)
+        heads = (f"{metric_name(metrics[0])}{unit}",)
     names = ("variant", "batch", "micro-batch", "devices", "seeds")
     rows: list[tuple] = [(*names, *heads, "train loss", "s / run")]
     for (variant, micro), members in groups(runs).items():
@@ -149,7 +158,7 @@ def table(runs: Sequence[Run]) -> str:
                 micro,
                 first.get("devices", ""),
                 f"{len(members)}" + (f", {lost} diverged" if lost else ""),
-                *(plus_minus(spread(members, each), "{:.2%}") for each in metrics),
+                *(plus_minus(spread(members, each), form(each)) for each in metrics),
                 plus_minus(spread(members, "final_train_loss"), "{:.3f}"),
                 plus_minus((spread(members, "seconds")[0], np.nan), "{:.0f}"),
             )
@@ -209,11 +218,17 @@ def read_csv(path: pathlib.Path) -> pd.DataFrame:
 def from_frame(frame: pd.DataFrame) -> list[Run]:
     """Returns the runs of a table; their metrics by step are not in it."""
     summaries = [row.dropna().to_dict() for _, row in frame.astype(object).iterrows()]
-    # A run that diverged has no result.
     return [
-        Run(
-            summary if "final_train_loss" in summary else summary | {"diverged": True},
-            [],
-        )
+        Run(summary if has_result(summary) else summary | {"diverged": True}, [])
         for summary in summaries
     ]
+
+
+def has_result(summary: Mapping[str, Any]) -> bool:
+    """Whether a run came to its end: one that diverged has no test. The loss alone does
+    not tell, for a log may be lost."""
+    return any(
+        value is not None and (name == "final_train_loss" or name.startswith("test_"))
+        for name, value in summary.items()
+        if name != "test_images"
+    )

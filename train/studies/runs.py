@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from train.data.sets import check_prepared
+from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.loop import train
 from train.engine.run import NonFiniteError
@@ -29,7 +30,7 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
     """Returns the config of one run.
 
     Raises:
-        ValueError: a variant sets a key that there is not.
+        ValueError: a variant sets a key that there is not, or a value of another type.
     """
     config = copy.deepcopy(config)
     config.variants = ()  # a run is the same in whichever study
@@ -38,7 +39,12 @@ def configure(config: ConfigDict, entry: Entry, seed: int) -> ConfigDict:
             raise ValueError(
                 f"variant {entry.variant!r} sets {key!r}, which is no key of a config."
             )
-        config[key] = value
+        try:
+            config[key] = value
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"variant {entry.variant!r} sets {key}: {error}"
+            ) from error
     config.seed += seed
     return config
 
@@ -87,4 +93,6 @@ def _report_diverged(job: Job, error: NonFiniteError) -> report.Run:
 
 
 def _report(job: Job, summary: dict[str, Any]) -> report.Run:
-    return report.Run({"variant": job.variant} | summary, wd.read_metrics(job.run_dir))
+    return report.Run(
+        {"variant": job.variant} | summary, metrics.read_metrics(job.run_dir)
+    )

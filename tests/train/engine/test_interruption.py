@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from configs.experiments import digits
+from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.experiment import build
 
@@ -66,7 +67,7 @@ def finish(process, status=0):
 def wait_for_progress(process, workdir, step=1):
     """Waits until the log of the run has come to `step`."""
     while process.poll() is None:
-        if any(line["step"] >= step for line in wd.read_metrics(workdir)):
+        if any(line["step"] >= step for line in metrics.read_metrics(workdir)):
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate()[0])
@@ -109,7 +110,9 @@ def test_killed_at_random_moments(start, straight, tmp_path):
     assert not (tmp_path / "summary.json").exists()
     finish(start(tmp_path))
     chex.assert_trees_all_equal(final_state(tmp_path), straight)
-    steps = [line["step"] for line in wd.read_metrics(tmp_path) if "train_loss" in line]
+    steps = [
+        line["step"] for line in metrics.read_metrics(tmp_path) if "train_loss" in line
+    ]
     assert steps == list(range(1, 25))
 
 

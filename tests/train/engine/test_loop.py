@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.train.common import tiny_config
-from train.engine import loop, processes, step
+from train.engine import loop, metrics, processes, step
 from train.engine import workdir as wd
 from train.engine.experiment import build
 from train.studies.report import describe
@@ -61,7 +61,7 @@ def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
         interrupt_at(patch, 13)  # between the checkpoints of steps 8 and 16
         with pytest.raises(KeyboardInterrupt):
             loop.train(config, tmp_path)
-    assert wd.read_metrics(tmp_path)[-1]["step"] == 12
+    assert metrics.read_metrics(tmp_path)[-1]["step"] == 12
     resumed = loop.train(config, tmp_path)
 
     chex.assert_trees_all_equal(
@@ -72,7 +72,7 @@ def test_resume_equals_no_interruption(finished, tmp_path, monkeypatch):
     timing = {"seconds", "images_per_second", "data_wait", "memory_bytes"}
     logs = [
         [{k: v for k, v in line.items() if k not in timing} for line in log]
-        for log in map(wd.read_metrics, (straight, tmp_path))
+        for log in map(metrics.read_metrics, (straight, tmp_path))
     ]
     assert logs[0] == logs[1]
 
@@ -87,7 +87,7 @@ def test_what_a_run_leaves(finished):
     assert describe(summary).endswith("\n7 of 7 normalisers predicted")
     assert set(summary["versions"]) >= {"jax", "flax", "python"}
     assert list((workdir / "tensorboard").glob("events*"))
-    last = wd.read_metrics(workdir)[-1]
+    last = metrics.read_metrics(workdir)[-1]
     assert last["test_moving_accuracy"] == summary["test_moving_accuracy"]
 
 
@@ -107,7 +107,7 @@ def test_killed_between_last_checkpoint_and_summary(finished):
 
 
 def logged_tests(workdir):
-    return [x["step"] for x in wd.read_metrics(workdir) if "test_batch_loss" in x]
+    return [x["step"] for x in metrics.read_metrics(workdir) if "test_batch_loss" in x]
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -202,16 +202,18 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_metrics_of_a_crash_are_forgotten(tmp_path):
     """A half-written line, and lines after the checkpoint."""
-    log = wd.MetricsLog(tmp_path, 0)
+    log = metrics.MetricsLog(tmp_path, 0)
     log.write(5, 1.0, train_loss=2.0)
     log.write(9, 2.0, train_loss=1.0)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1')
-    log = wd.MetricsLog(tmp_path, 8)
+    log = metrics.MetricsLog(tmp_path, 8)
     assert log.seconds == 1.0
     log.close()
-    assert wd.read_metrics(tmp_path) == [{"step": 5, "seconds": 1.0, "train_loss": 2.0}]
+    assert metrics.read_metrics(tmp_path) == [
+        {"step": 5, "seconds": 1.0, "train_loss": 2.0}
+    ]
 
 
 @pytest.fixture

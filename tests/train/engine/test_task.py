@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.train.common import tiny_config
-from train.engine import loop, plugins
+from train.engine import loop, metrics, plugins
 from train.engine import workdir as wd
 from train.engine.classification import classification_of
 from train.engine.experiment import build
@@ -18,7 +18,7 @@ def test_a_second_task_trains_tests_and_resumes(tmp_path):
     summary = loop.train(config, tmp_path)
     assert summary["headline"] == "test_error"
     assert summary["steps"] == 160 and summary["train_images"] == 64
-    tests = [line for line in wd.read_metrics(tmp_path) if "test_error" in line]
+    tests = [line for line in metrics.read_metrics(tmp_path) if "test_error" in line]
     assert summary["test_error"] == tests[-1]["test_error"] < 0.1
     assert tests[0]["test_error"] > 2 * summary["test_error"]
     params = wd.last_checkpoint(tmp_path, build(config).state).params
