@@ -34,8 +34,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "Data": {
         "dataset": Key(
             "digits",
-            "digits, digits32, cifar10, cifar100, svhn_cropped (with its extra images), in"
-            " memory; or imagenet2012, folder (data_dir/train/CLASS/,"
+            "digits, digits32, cifar10, cifar100, svhn_cropped (with its extra"
+            " images), in memory; or imagenet2012, folder (data_dir/train/CLASS/,"
             " data_dir/val/CLASS/), read from disk",
         ),
         "train_examples": Key(0, "use the first so many to train; 0: all", least=0),
@@ -82,13 +82,13 @@ SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "width": Key(
             0,
-            "every network but small_inception: channels of its first stage; 0: its own",
+            "channels of the first stage, but of small_inception; 0: the network's own",
             least=0,
             most=4096,
         ),
         "scan_blocks": Key(
             False,
-            "cifar_resnet, cifar_resnet_v1: nn.scan over equal blocks; slow on CPU",
+            "cifar_resnet(_v1): nn.scan over equal blocks; slow on a CPU",
         ),
         "dtype": Key("float32", "of the computation", choices=("float32", "bfloat16")),
         "remat": Key(
