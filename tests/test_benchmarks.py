@@ -86,8 +86,9 @@ def test_the_filter_costs_no_more_memory_than_batch_norm():
 def test_inference_is_the_program_of_batch_norm(dtype):
     def inference(variant):
         keys = dict(blocks_per_stage=1, micro_batch_size=64, dtype=dtype)
-        network, _, state, batch = program(variant, **keys)
-        return operations(compile_inference(network, state, batch.images).as_text())
+        task, _, state, batch = program(variant, **keys)
+        compiled = compile_inference(task.network, state, batch.images)
+        return operations(compiled.as_text())
 
     assert inference("kalman") == inference("flax")
     assert inference("kalman") != inference("group")

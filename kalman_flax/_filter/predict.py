@@ -25,6 +25,7 @@ from kalman_flax._filter.state import (
     aligned,
     for_channels,
     standard_deviation,
+    wide,
 )
 
 
@@ -37,7 +38,7 @@ def predict_dense(
 
     mean = mu W + b, variance = v W^2; exact for independent inputs.
     """
-    kernel = jnp.asarray(kernel, jnp.float32)
+    kernel = wide(kernel)
     mean, var = for_channels(state, kernel.shape[0])
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     mean, var = matmul(mean, kernel), matmul(var, jnp.square(kernel))
@@ -64,7 +65,7 @@ def predict_relu(state: KalmanState) -> KalmanState:
     vanish one by one as \\|a\\| grows instead of cancelling. Values and gradients are
     finite at v = 0.
     """
-    mean, var = (jnp.asarray(stat, jnp.float32) for stat in state)
+    mean, var = (wide(stat) for stat in state)
     return KalmanState(*_rectify(mean, var))
 
 
@@ -123,7 +124,8 @@ def predict_pointwise(
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(order)
     weights = weights / weights.sum()
-    mean, var = (jnp.asarray(s, jnp.float32)[..., None] for s in state)
+    mean, var = (wide(stat)[..., None] for stat in state)
+    nodes, weights = (jnp.asarray(x, mean.dtype) for x in (nodes, weights))
     mean, var, nodes, weights = aligned(mean, var, nodes, weights)
     values = fn(mean + standard_deviation(var) * nodes)
     out_mean = jnp.sum(weights * values, axis=-1)

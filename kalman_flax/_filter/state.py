@@ -20,8 +20,8 @@ class KalmanState(NamedTuple):
     for every channel alike: ``KalmanState(0.0, 1.0)`` is a standardised image.
 
     Attributes:
-        mean: ``[..., C]`` float32, mu in the paper.
-        var: ``[..., C]`` float32, the diagonal of Sigma, never negative.
+        mean: ``[..., C]`` float32 or wider, mu in the paper.
+        var: ``[..., C]`` float32 or wider, the diagonal of Sigma, never negative.
     """
 
     # "| Any" is a float to those who make a state. Those who read one, of a layer or
@@ -31,14 +31,14 @@ class KalmanState(NamedTuple):
 
 
 def for_channels(state: KalmanState, channels: int) -> KalmanState:
-    """Returns `state` as float32 ``[..., channels]``.
+    """Returns `state` as ``[..., channels]``, in float32 or wider.
 
     Raises:
         ValueError: the state describes another number of channels.
     """
 
     def broadcast(name: str, stat: jax.Array | float) -> jax.Array:
-        stat = jnp.asarray(stat, jnp.float32)
+        stat = wide(stat)
         if stat.ndim and stat.shape[-1] != channels:
             raise ValueError(
                 f"KalmanState.{name} has shape {stat.shape}, but the activation has"
@@ -51,17 +51,22 @@ def for_channels(state: KalmanState, channels: int) -> KalmanState:
 
 
 def aligned(*stats: jax.typing.ArrayLike) -> list[jax.Array]:
-    """Returns `stats` as float32 of one rank, by leading axes of 1; scalars stay.
+    """Returns `stats` in one rank, by leading axes of 1, and as `wide`; scalars stay.
 
     So ``[C]`` stands beside ``[N, C]`` even where ``jax_numpy_rank_promotion`` refuses
     arrays of different ranks.
     """
-    arrays = [jnp.asarray(stat, jnp.float32) for stat in stats]
+    arrays = [wide(stat) for stat in stats]
     rank = max(array.ndim for array in arrays)
     return [
         jnp.expand_dims(array, range(rank - array.ndim)) if array.ndim else array
         for array in arrays
     ]
+
+
+def wide(stat: jax.typing.ArrayLike) -> jax.Array:
+    """Returns `stat` in float32, or as it is where that is float64."""
+    return jnp.asarray(stat, jnp.result_type(stat, jnp.float32))
 
 
 def standard_deviation(var: jax.Array) -> jax.Array:

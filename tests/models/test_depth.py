@@ -114,7 +114,7 @@ def worst_ratio(network, norm):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_predictions_keep_their_scale(network):
-    assert 1 / 20 < worst_ratio(network, "kalman_paper") < 20
+    assert 1 / 100 < worst_ratio(network, "kalman_paper") < 100
 
 
 @pytest.mark.filterwarnings("ignore:LiteralPaperKalmanNorm")

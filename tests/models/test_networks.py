@@ -60,7 +60,8 @@ def outputs(written):
     """What each layer gave, by path."""
     flat = traverse_util.flatten_dict(written["intermediates"], sep="/")
     end = "/__call__"
-    return {path[: -len(end)]: y[0] for path, y in flat.items() if path.endswith(end)}
+    # Last, for a layer calls Flax's of the same name for its value.
+    return {path[: -len(end)]: y[-1] for path, y in flat.items() if path.endswith(end)}
 
 
 def drawn(net, *args):
