@@ -5,15 +5,19 @@ BIN := .venv/bin
 # docs/lab/performance.md. Where there is no glibc it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint docs package clean
+.PHONY: train test test-all lint docs package clean
 
 # Batch norm and Kalman Normalization side by side on the embedded digits.
 train: .venv/installed
 	$(BIN)/python -m train.compare --config=configs/experiments/digits.py --norms=batch,kalman_wc \
 		--micro_batch_sizes=1 --workdir=runs/digits
 
+# A quicker test of each kind; test-all runs the slow ones as well.
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m ''
 
 lint: .venv/installed
 	$(BIN)/ruff check .

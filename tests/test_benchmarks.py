@@ -47,6 +47,7 @@ def flops(variant, micro_batch_size):
     return train_step.lower(state, batch).cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [2, 128])
 def test_the_filter_adds_next_to_no_operations(micro_batch_size):
     """To ResNet-20, as it is before XLA: the eight replicas that each device has here
@@ -62,6 +63,7 @@ def program(variant, **keys):
     return prepare(configure(variant, batch_size=64, **keys), size=32)
 
 
+@pytest.mark.slow
 def test_the_filter_costs_no_more_memory_than_batch_norm():
     """Nor bytes: its backward pass keeps only the input, and reads it less often. What
     it does cost are kernels, on vectors of the state."""

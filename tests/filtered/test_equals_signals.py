@@ -73,6 +73,7 @@ def test_inference_is_the_program_of_the_model(variables, train):
     assert text(apply) == text(PLAIN.apply)
 
 
+@pytest.mark.slow
 def test_kernel_map(variables):
     """In training and in inference; and exported, the model itself computes it."""
     signals = signal_resnet.ResNet(kernel_map=kf.centre_kernel)

@@ -303,6 +303,7 @@ def variables():
     return network().init(KEY, IMAGES, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("input_state", [KalmanState(0.0, 1.0), None])
 def test_resnet(input_state, variables):
     """Its examples do not depend on each other, and every parameter has a gradient."""

@@ -150,6 +150,7 @@ def test_variance_is_what_the_blocks_expect():
             np.testing.assert_allclose(observed / predicted, 1.0, atol=0.15)
 
 
+@pytest.mark.slow
 def test_gradients_and_half_precision():
     net = NFResNet(**TINY | {"blocks_per_stage": 1}, dtype=jnp.bfloat16, remat=True)
     variables = net.init(KEY, IMAGES, True)

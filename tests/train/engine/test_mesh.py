@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.hlo import collectives
 from kalman_flax import NORMALIZERS
+from tests.reference.slow import few_quick
 from tests.train.common import batch, tiny_config
 from train.engine.experiment import build
 from train.engine.mesh import make_mesh
@@ -53,7 +54,7 @@ def test_devices_and_parts_change_nothing(norm, options, devices, accumulate):
     )
 
 
-@pytest.mark.parametrize("norm", NORMALIZERS)
+@pytest.mark.parametrize("norm", few_quick(NORMALIZERS))
 def test_every_normalizer_trains_under_shard_map(norm):
     """It refuses values that should vary over devices and do not, when it traces."""
     experiment = build(config_of(norm=norm))
