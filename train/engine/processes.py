@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
@@ -73,10 +74,16 @@ def joined() -> Iterator[None]:
             initialization_timeout=_TIMEOUT.value,
             coordinator_bind_address=_BIND.value,
         )
+        atexit.register(_peers.abandon)  # before JAX's own, which waits for all
+        jax.devices()  # JAX gives these two minutes, so they come while all are here
     try:
         yield
     except Stopped:
         _leave()
+        raise
+    except Exception as error:
+        if _peers is not None:
+            _peers.report(error)
         raise
     _leave()
 

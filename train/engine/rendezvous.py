@@ -184,6 +184,22 @@ class Peers:
         for i in self._sockets:
             self._send(i, bye=self.this)
 
+    def report(self, error: Exception) -> None:
+        """Tells the others why this process is about to end."""
+        text = f"process {self.this} ended: {error}"[:500]
+        for i in self._sockets:
+            self._send(i, error=text)
+
+    def abandon(self) -> None:
+        """Ends a program that has not left, without JAX's wait for the others.
+
+        They may hang in a collective with this process, for ever.
+        """
+        if not self._left:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
     def _waits(self, missing=None, here=None) -> Iterator[None]:
         """Counts down the limit, and says every ten seconds for whom."""
         start = said = time.monotonic()
@@ -292,11 +308,11 @@ def _transmit(connection: socket.socket, **message: Any) -> None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """Reads one line, of a thousand bytes at most, and no byte after it."""
+    """Reads one line, of ten thousand bytes at most, and no byte after it."""
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
-        if not byte or len(line) > 1000:
+        if not byte or len(line) > 10_000:
             raise ConnectionError("the connection was closed")
         line += byte
     message = json.loads(line)
