@@ -42,7 +42,7 @@ def choose_weight(experiment: Experiment, state: TrainState) -> float:
     """Returns which of `WEIGHTS` has the smallest loss on training images, as they are,
     of which it takes as many as there are test images."""
     task = experiment.task
-    split = task.train.take(task.test.examples)
+    split = task.train.take(min(task.test.examples, task.train.examples))
 
     def loss(weight: float) -> float:
         return task.evaluate(state, split, weight)["weighed_loss"]
