@@ -137,7 +137,7 @@ def two(start, workdirs, flags=((), ())):
 @pytest.mark.parametrize(
     "workdirs, flags, message",
     [
-        ("aa", [(), ("--config.learning_rate=0.4",)], "differ in their config: ["),
+        ("cc", [(), ("--config.learning_rate=0.4",)], "differ in their config: ["),
         ("ab", [(), ()], "which must be on a disk that they share: [1, 0]"),
     ],
 )

@@ -1,6 +1,7 @@
 """Processes that meet, as threads: over real sockets, without JAX."""
 
 import concurrent.futures
+import re
 import socket
 import time
 
@@ -104,13 +105,37 @@ def test_strangers_are_ignored(port, quick):
         peers.leave()
 
 
-def test_one_that_is_gone(port, quick):
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        # killed: it says nothing
+        (
+            lambda peers: peers._sockets[0].shutdown(socket.SHUT_RDWR),
+            "process 2 ended before the run did; .* resumes",
+        ),
+        (
+            lambda peers: peers.report(ValueError("bad \n" * 500)),
+            "process 2 ended: bad \nbad",
+        ),
+    ],
+)
+def test_one_that_is_gone(port, quick, end, expected):
     died = []
     all_ = gather(port, (0, 3), (1, 3), (2, 3), died=died)
-    all_[2]._left = True  # it is dead, and says nothing
-    all_[2]._sockets[0].shutdown(socket.SHUT_RDWR)
+    all_[2]._left = True
+    end(all_[2])
     deadline = time.monotonic() + 5
     while len(died) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert sorted(this for this, _ in died) == [0, 1]
-    assert all("process 2 ended" in text and "resumes" in text for _, text in died)
+    assert all(re.match(expected, text) for _, text in died), died
+
+
+def test_one_that_left_as_it_should(port, quick):
+    died = []
+    first, second = gather(port, (0, 2), (1, 2), died=died)
+    second.leave()
+    second._sockets[0].shutdown(socket.SHUT_RDWR)
+    time.sleep(1)
+    assert not died
+    first.leave()
