@@ -129,7 +129,7 @@ def test_another_file_format_is_refused(tmp_path):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match=r"'mnist'; expected one of \['digits', 'digits32"):
+    with pytest.raises(ValueError, match=r"'mnist'; expected one of \['digits', 'd"):
         load_dataset("mnist")
 
 
