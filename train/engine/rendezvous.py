@@ -46,7 +46,7 @@ def _say(text: str) -> None:
 
 def _die(text: str) -> None:
     """Ends the program: its main thread may hang in a collective for ever."""
-    _say(f"error: {text}")
+    _say(f"\nerror: {text}")  # below the progress bar
     os._exit(1)
 
 
@@ -106,6 +106,7 @@ class Peers:
     def _admit(self, connection: socket.socket) -> None:
         """Takes a newcomer in; one that does not speak like a trainer is ignored."""
         self._drop_closed()
+        connection.settimeout(ANSWER)
         try:
             hello = _receive(connection)
             i, count = int(hello["process"]), int(hello["of"])
@@ -124,6 +125,7 @@ class Peers:
             with contextlib.suppress(OSError):
                 _transmit(connection, error=fault)
             self._fail(fault)
+        connection.settimeout(None)
         self._sockets[i] = connection
 
     def _dial(self, host: str, port: int) -> None:
@@ -198,6 +200,7 @@ class Peers:
         if not self._left:
             sys.stdout.flush()
             sys.stderr.flush()
+            self._outlast()
             os._exit(1)
 
     def _waits(self, missing=None, here=None) -> Iterator[None]:
@@ -252,30 +255,40 @@ class Peers:
             elif "bye" in message:
                 return
             else:
-                self._lost(message.get("error") or _gone(i))
+                self._lost(i, message)
                 return
 
-    def _lost(self, text: str) -> None:
+    def _lost(self, i: int, message: dict[str, Any]) -> None:
+        """Ends this program, as process `i` is gone or is about to be.
+
+        One that told why may have told the main thread as well, which gets time to end
+        with a message of its own. Without that it is a matter of milliseconds: JAX's
+        runtime notices, too, and aborts.
+        """
+        told = message.get("error")
+        text = told or message.get("gone") or _gone(i)
         if self.this == 0:
-            for i in self._sockets:
-                self._send(i, error=text)
-        time.sleep(GRACE)
+            for other in self._sockets:
+                self._send(other, **{"error" if told else "gone": text})
+        if told:
+            time.sleep(GRACE)
         if not self._left:
+            self._outlast()
             self._die(text)
+
+    def _outlast(self) -> None:
+        """Has process 0 end last: without its coordinator JAX aborts the others."""
+        if self.this == 0:
+            deadline = time.monotonic() + 2 * GRACE
+            while time.monotonic() < deadline and not all(
+                map(_closed, self._sockets.values())
+            ):
+                time.sleep(0.05)
 
     def _drop_closed(self) -> None:
         """Forgets processes that ended while they waited: they may come again."""
-        for i, connection in list(self._sockets.items()):
-            connection.setblocking(False)
-            try:
-                if connection.recv(1, socket.MSG_PEEK) == b"":
-                    raise ConnectionError
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._sockets.pop(i).close()
-            if i in self._sockets:
-                connection.settimeout(ANSWER)
+        for i in [i for i, each in self._sockets.items() if _closed(each)]:
+            self._sockets.pop(i).close()
 
     def _send(self, i: int, **message: Any) -> None:
         with contextlib.suppress(OSError):  # the reading side notices
@@ -291,6 +304,16 @@ def _gone(i: int) -> str:
         f"process {i} ended before the run did; see what it printed. The same command,"
         " given to all processes again, resumes from the last checkpoint."
     )
+
+
+def _closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed it; takes nothing out of it."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _server(address: tuple[str, int]) -> socket.socket:

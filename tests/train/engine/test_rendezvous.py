@@ -92,15 +92,19 @@ def test_those_that_do_not_fit(port, quick, members, message):
         assert all(message in error for error in errors), errors
 
 
-def test_strangers_are_ignored(port, quick):
+def test_strangers_are_ignored(port, quick, monkeypatch):
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.5)
+    silent = socket.socket()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         result = pool.submit(gather, port, (0, 2), timeout=5)
         time.sleep(0.2)
+        silent.connect(("localhost", port))
         for stranger in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n"):
             with socket.create_connection(("localhost", port)) as connection:
                 connection.sendall(stranger)
         (second,) = gather(port, (1, 2), timeout=5)
         (first,) = result.result()
+    silent.close()
     for peers in (first, second):
         peers.leave()
 
