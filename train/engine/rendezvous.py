@@ -198,6 +198,7 @@ class Peers:
         They may hang in a collective with this process, for ever.
         """
         if not self._left:
+            self._left = True  # the others end because of this one: no news
             sys.stdout.flush()
             sys.stderr.flush()
             self._outlast()
