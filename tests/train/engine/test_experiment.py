@@ -22,6 +22,7 @@ from train.engine.schedule import make_schedule
 CONFIGS = sorted(
     ".".join(path.with_suffix("").parts)
     for path in pathlib.Path("configs").rglob("[!_]*.py")
+    if path.stem != "schema"
 )
 
 
