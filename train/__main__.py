@@ -3,8 +3,7 @@
     python -m train --config=configs/experiments/digits.py --workdir=runs/digits
 
 Any key of the config can be set: --config.micro_batch_size=4 --config.norm=batch, also
-nested options: --config.norm_options.gain=0.1. The keys are explained in
-configs/base.py.
+nested options: --config.norm_options.gain=0.1. docs/config.md explains the keys.
 """
 
 from absl import flags
