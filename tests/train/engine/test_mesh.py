@@ -58,8 +58,8 @@ def test_devices_and_parts_change_nothing(norm, options, devices, accumulate):
 def test_every_normalizer_trains_under_shard_map(norm):
     """It refuses values that should vary over devices and do not, when it traces."""
     experiment = build(config_of(norm=norm))
-    given = experiment.state, batch(experiment, INDEX)
-    state, _ = jax.eval_shape(experiment.train_step, *given)
+    given = experiment.state, batch(experiment, INDEX), experiment.key, experiment.rates
+    state, _ = jax.eval_shape(experiment.update, *given)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.state)
 
 
