@@ -67,6 +67,7 @@ def run(main: Callable[..., None], positional: int = 0) -> None:
             logging.set_verbosity(logging.WARNING)  # orbax narrates every save at INFO
         try:
             check_lists(flags.FLAGS)
+            path(DATA_DIR)
             keep_compiled()
             main(*given)
         except processes.Stopped as stop:
@@ -119,11 +120,21 @@ def expected(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return f"{text}; pip install 'kalman_flax[train]' has all that commands need."
     if isinstance(error, ValueError | FloatingPointError):
-        place = traceback.extract_tb(error.__traceback__)
-        if place and "site-packages" in place[-1].filename:  # no words of ours
-            text += " (--verbosity=1 shows where)"
-        return text
+        return text + _raised_in(error)
     return None
+
+
+def _raised_in(error: Exception) -> str:
+    """The package that refused what it got, where the words are not ours."""
+    place = traceback.extract_tb(error.__traceback__)
+    last = place[-1].filename if place else ""
+    _, installed, inside = last.partition("site-packages/")
+    if not installed:
+        return ""
+    return (
+        f" (raised in {inside.partition('/')[0]}; --verbosity=1 shows where. If what"
+        " you gave is right, this is a bug in kalman_flax: please report it)"
+    )
 
 
 def _where(error: OSError) -> str:

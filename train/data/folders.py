@@ -68,7 +68,21 @@ def scan(root: pathlib.Path) -> Folder:
         Files(s.root, {name: s.by_class.get(name, []) for name in classes})
         for s in splits
     )
-    return Folder(train, test, classes, "\n".join(s.summary(classes) for s in splits))
+    lines = [*(s.summary(classes) for s in splits), *_in_both(train, test)]
+    return Folder(train, test, classes, "\n".join(lines))
+
+
+def _in_both(train: Files, test: Files) -> list[str]:
+    """A line of the test images that look like copies of training images."""
+    known = {(file.path, file.size) for file in train.found}
+    both = sorted(f.path for f in test.found if (f.path, f.size) in known)
+    if not both:
+        return []
+    return [
+        f"{test.root}: {len(both):,} of {len(test):,} images have the path and the size"
+        f" of one in {train.root} ({_list(both, 3)}); accuracy on images that were"
+        " trained on says nothing"
+    ]
 
 
 class _Split:

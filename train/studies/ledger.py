@@ -19,9 +19,11 @@ from typing import Any
 import pandas as pd
 
 from configs import experiments
+from train.engine.files import read_json
 from train.studies.report import has_result
 
 RUNS, COMMANDS = "runs.csv", "commands.csv"
+_MEND = "run its command again, which writes it anew"
 #: what a run was; two rows that agree in all of these are the same run
 RUN_KEYS = (
     "study",
@@ -106,15 +108,15 @@ def _runs_of(source: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]
     """Returns the rows of a comparison or run, and what has command and hardware."""
     folder = source if source.is_dir() else source.parent
     if (path := folder / "comparison.json").exists():
-        comparison = json.loads(path.read_text())
+        comparison = read_json(path, _MEND)
         rows = [
             _row(run, comparison["config"] | run.pop("config", {}))
             for run in comparison["runs"]
         ]
         return rows, comparison
     if (path := folder / "summary.json").exists():
-        summary = json.loads(path.read_text())
-        config = json.loads((folder / "config.json").read_text())
+        summary = read_json(path, _MEND)
+        config = read_json(folder / "config.json", _MEND)
         return [_row({"variant": summary["norm"]} | summary, config)], summary
     raise ValueError(
         f"{source} has neither a comparison.json, as train.compare writes it, nor the"

@@ -199,14 +199,19 @@ def read_csv(path: pathlib.Path) -> pd.DataFrame:
     """Reads what `write_csv` wrote, a row a run; NA where there is nothing.
 
     Raises:
-        ValueError: the file lacks columns of a comparison.
+        ValueError: the file is no table, or lacks columns of a comparison.
     """
-    frame = pd.read_csv(
-        path,
-        dtype=dict.fromkeys(WHOLE, "Int64"),
-        keep_default_na=False,
-        na_values=[""],
-    )
+    try:
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(WHOLE, "Int64"),
+            keep_default_na=False,
+            na_values=[""],
+        )
+    except ValueError as error:  # of pandas, which does not name the file
+        raise ValueError(
+            f"{path} is no comparison.csv of train.compare: {error}"
+        ) from error
     if not {*KEYS, *COSTS} <= {*frame.columns}:
         raise ValueError(
             f"{path} has the columns {list(frame.columns)}; expected a comparison.csv"

@@ -42,8 +42,15 @@ _MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def load(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Reads the declarations."""
-    return tomllib.loads(path.read_text())
+    """Reads the declarations.
+
+    Raises:
+        ValueError: they are no TOML; the message names the file and the line.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}.") from error
 
 
 def select(runs: pd.DataFrame, *filters: dict[str, Any]) -> pd.DataFrame:

@@ -7,8 +7,10 @@ import sys
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from configs import base
 from tests.train.common import tiny_config
@@ -66,6 +68,20 @@ def test_a_bug_of_ours_says_so(error, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "Traceback" in said and repr(error)[:8] in said
     assert said.splitlines()[-1].startswith("This is a bug in kalman_flax.")
+
+
+def test_what_a_library_refuses_may_be_a_bug_of_ours(monkeypatch, capsys):
+    assert ended(lambda: pd.Series([1]).sum(axis=9), monkeypatch) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "(raised in pandas; --verbosity=1 shows where. If what you gave is" in said
+
+
+@pytest.mark.parametrize("given, what", [("gs://bucket/a", "a URL"), ("", "is empty")])
+@flagsaver.flagsaver
+def test_a_data_directory_is_on_this_machine(given, what, monkeypatch, capsys):
+    assert ended(print, monkeypatch, f"--data_dir={given}") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: --data_dir is ") and what in said
 
 
 def test_ctrl_c_is_no_bug(monkeypatch, capsys):

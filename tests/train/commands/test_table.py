@@ -56,5 +56,9 @@ def test_other_files_are_refused(tmp_path):
         ValueError, match=r"columns \['a', 'b'\]; expected a comparison"
     ):
         table.join([tmp_path / "c.csv"])
+    for damage in (b"", b'a,b\n"', b"\xff\xfe\x00"):
+        (tmp_path / "c.csv").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"c\.csv"):
+            table.join([tmp_path / "c.csv"])
     with pytest.raises(ValueError, match="no runs"):
         table.join([])

@@ -36,6 +36,16 @@ def test_what_is_taken_is_said_once(root, capfd):
     ]
 
 
+def test_training_images_among_the_test_images_are_told(root):
+    for path, data in (("cat/a.png", PNG), ("dog/in/b.png", PNG + b"..")):
+        put(root / "train" / path, data)
+        put(root / "val" / path, data)
+    put(root / "train" / "cat" / "c.png", PNG)
+    put(root / "val" / "cat" / "c.png", PNG + b".")  # of another size
+    (line,) = [x for x in scan(root).summary.splitlines() if "path and the size" in x]
+    assert "2 of 5 images" in line and "(cat/a.png, dog/in/b.png)" in line
+
+
 @pytest.mark.parametrize(
     "tool",
     [".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".git", "#recycle"],

@@ -97,5 +97,8 @@ def test_a_single_run_is_added_with_the_metrics_of_its_task(folder):
 
 
 def test_other_directories_are_refused(folder):
+    (comparison(folder / "half") / "comparison.json").write_text('{"runs": [')
+    with pytest.raises(ValueError, match=r"half/comparison\.json is damaged; run its"):
+        ledger.add(folder, folder / "half", "mine")
     with pytest.raises(ValueError, match="neither a comparison"):
         ledger.add(folder, folder, "mine")
