@@ -16,7 +16,7 @@ import pathlib
 from absl import flags
 
 from train import cli
-from train.studies import ledger, pictures, tables, timings
+from train.studies import ledger, measurements, pictures, tables
 
 _DOCS = flags.DEFINE_string("docs", "docs", "The folder of the documents.")
 _CHECK = flags.DEFINE_bool(
@@ -39,8 +39,8 @@ def made(folder: pathlib.Path, name: str) -> str:
     declared = tables.load(folder / "tables.toml")["table"]
     if name not in declared:
         raise ValueError(f"no table {name!r} is declared; there are {[*declared]}.")
-    if declared[name].get("of") == "timings":
-        return timings.render(declared[name], timings.read(folder))
+    if (file := declared[name].get("of")) is not None:
+        return measurements.render(declared[name], measurements.read(folder, file))
     return tables.render(declared[name], ledger.read(folder))
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from train import results
-from train.studies import ledger, tables, timings
+from train.studies import ledger, measurements, tables
 
 DOCS = pathlib.Path("docs")
 
@@ -133,7 +133,11 @@ def test_documents_say_what_the_results_say(tmp_path):
 
     copy = tmp_path / "docs"
     (copy / "results").mkdir(parents=True)
-    for file in ("runs.csv", "timings.csv", "tables.toml"):
+    for file in (
+        "runs.csv",
+        "tables.toml",
+        *(f"{name}.csv" for name in measurements.FILES),
+    ):
         (copy / "results" / file).write_text((DOCS / "results" / file).read_text())
     readme = tmp_path / "README.md"
     readme.write_text(f"<!-- table: {name} -->\nan old one\n<!-- end -->\n")
@@ -174,7 +178,7 @@ def test_timings_are_set_beside_those_of_flax():
     ]
     columns = [{"head": "x"} | column for column in columns]
     table = {"head": [""], "columns": columns, "rows": [["KN", {"variant": "kalman"}]]}
-    cells = timings.render(table, rows).splitlines()[2].split("|")[1:-1]
+    cells = measurements.render(table, rows).splitlines()[2].split("|")[1:-1]
     assert [cell.strip() for cell in cells] == [
         "KN",
         "250.00 ms",
@@ -184,5 +188,18 @@ def test_timings_are_set_beside_those_of_flax():
         "2,200.00",
     ]
     table["rows"] = [["GN", {"variant": "group"}]]
-    with pytest.raises(ValueError, match="0 rows of"):
-        timings.render(table, rows)
+    with pytest.raises(ValueError, match="0 rows fit"):
+        measurements.render(table, rows)
+
+
+def test_a_cell_of_text_has_the_entries_of_its_row():
+    table = dict(head=["layer"], columns=[{"head": "a", "show": "text"}], digits=1)
+    table |= dict(text="{mean} and {var}", rows=[["all", {"layer": "all"}]])
+    rows = pd.DataFrame([dict(layer="all", mean=0.25, var=1234.56)])
+    assert "| 0.3 and 1,234.6 |" in measurements.render(table, rows)
+
+
+def test_damaged_declarations_name_their_file(tmp_path):
+    (tmp_path / "tables.toml").write_text("[table.a]\nhead = [")
+    with pytest.raises(ValueError, match=r"tables\.toml is no TOML: .*at end"):
+        tables.load(tmp_path / "tables.toml")

@@ -1,35 +1,39 @@
-"""Tables of speed, memory and communication, made of ``docs/results/timings.csv``.
+"""Tables of what was measured, made of the files of ``docs/results`` but runs.csv.
 
-They are declared beside those of runs, with ``of = "timings"``. A row names one row of
-the file, a column may change the filter, and says what to `show`:
+They are declared beside those of runs, with ``of = "timings"`` for ``timings.csv``. A
+row names one row of the file, a column may change the filter, and says what to `show`:
 
 - ``number``: the entry of column `column`, divided by that of `over` and times `times`
   where there are such keys, with its `unit`;
 - ``ratio``: the same over that of `flax`, Flax's batch norm under the same filter;
 - ``quartiles``: a ratio that was measured pair by pair, with what half of the pairs lie
   between;
-- ``both``: the entries of `flax` and of the row.
+- ``both``: the entries of `flax` and of the row;
+- ``text``: `text`, with the row's entries where it has ``{COLUMN}``.
 """
 
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import pandas as pd
 
+from kalman_flax._filter.state import check_choice
 from train.studies.report import markdown, show
 
-TIMINGS = "timings.csv"
+FILES = ("timings", "statistics", "evaluations")
 BASELINE = {"variant": "flax"}
 
 
-def read(folder: pathlib.Path) -> pd.DataFrame:
-    """Returns all measurements."""
-    return pd.read_csv(folder / TIMINGS)
+def read(folder: pathlib.Path, name: str) -> pd.DataFrame:
+    """Returns all measurements of one of `FILES`."""
+    check_choice("of", name, FILES)
+    return pd.read_csv(folder / f"{name}.csv")
 
 
-def render(table: dict[str, Any], timings: pd.DataFrame) -> str:
+def render(table: dict[str, Any], measured: pd.DataFrame) -> str:
     """Returns a declared table as Markdown.
 
     Raises:
@@ -38,21 +42,23 @@ def render(table: dict[str, Any], timings: pd.DataFrame) -> str:
     lines = [[*table["head"], *(column["head"] for column in table["columns"])]]
     for *names, which in table["rows"]:
         which = table.get("where", {}) | which
-        cells = [_cell(timings, which, table | c) for c in table["columns"]]
+        cells = [_cell(measured, which, table | c) for c in table["columns"]]
         lines.append([*names, *cells])
     return markdown(lines)
 
 
-def _cell(timings: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) -> str:
+def _cell(measured: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) -> str:
     which = which | column.get("which", {})
-    name, shown = column["column"], column["show"]
+    name, shown = column.get("column"), column["show"]
     form = f"{{:,.{column.get('digits', 2)}f}}"
 
     def number(row: pd.Series) -> float:
         over = row[column["over"]] if "over" in column else 1
         return row[name] / over * column.get("times", 1)
 
-    row = _only(timings, which)
+    row = _only(measured, which)
+    if shown == "text":
+        return re.sub(r"{(\w+)}", lambda m: show(row[m[1]], form), column["text"])
     if shown == "number":
         return show(number(row), form) + column.get("unit", "")
     if shown == "quartiles":
@@ -60,7 +66,7 @@ def _cell(timings: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) 
             show(row[name + end], form) for end in ("", "_low", "_high")
         )
         return f"{middle} ({low} to {high})"
-    flax = _only(timings, which | BASELINE)
+    flax = _only(measured, which | BASELINE)
     if shown == "both":
         return f"{show(number(flax), form)}, {show(number(row), form)}"
     if shown == "ratio":
@@ -70,9 +76,9 @@ def _cell(timings: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) 
     )
 
 
-def _only(timings: pd.DataFrame, which: dict[str, Any]) -> pd.Series:
+def _only(measured: pd.DataFrame, which: dict[str, Any]) -> pd.Series:
     for column, value in which.items():
-        timings = timings[timings[column] == value]
-    if len(timings) != 1:
-        raise ValueError(f"{len(timings)} rows of {TIMINGS} fit {which}; expected one.")
-    return timings.iloc[0]
+        measured = measured[measured[column] == value]
+    if len(measured) != 1:
+        raise ValueError(f"{len(measured)} rows fit {which}; expected one.")
+    return measured.iloc[0]
