@@ -182,4 +182,6 @@ if __name__ == "__main__":
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     flags.adopt_module_key_flags(cli)
     flags.mark_flag_as_required("workdir")
+    # A program of before would cost no time to compile.
+    flags.FLAGS.set_default("compilation_cache", "off")
     cli.run(main)
