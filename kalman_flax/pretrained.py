@@ -1,4 +1,4 @@
-"""Published ResNets with bottleneck blocks, from files, under the names they have here."""
+"""Published ResNets with bottleneck blocks, from files, under our names."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _DIALECTS = (
         "/",
     ),
 )
-#: tensors of a layer, by what they are called there; PyTorch's weight is a scale in norms
+#: tensors of a layer by their names there; PyTorch's weight is a scale in norms
 _TENSORS = {
     "weight": "kernel",
     "bias": "bias",

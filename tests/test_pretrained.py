@@ -127,8 +127,9 @@ def of_tensorpack(name, tensor):
     if layer == "linear":
         leaf = {"weight": "W", "bias": "b"}[leaf]
     else:
-        leaf = {"running_mean": "mean/EMA", "running_var": "variance/EMA",
-                "bias": "beta", "weight": "gamma" if "bn" in layer else "W"}[leaf]  # fmt: skip
+        weight = "gamma" if "bn" in layer else "W"
+        names = {"running_mean": "mean/EMA", "running_var": "variance/EMA"}
+        leaf = (names | {"bias": "beta", "weight": weight})[leaf]
     if tensor.ndim == 4:
         tensor = tensor.transpose(2, 3, 1, 0)
     elif tensor.ndim == 2:
@@ -229,7 +230,7 @@ def test_damage_and_other_padding(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"not this")
     with pytest.raises(ValueError, match="cannot be read"):
         kf.read_pretrained(tmp_path / "a.safetensors")
-    with pytest.raises(FileNotFoundError, match="no .*b.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no .*b\.safetensors"):
         kf.read_pretrained(tmp_path / "b.safetensors")
     path, _ = written(tmp_path, "tensorpack")
     path = path.rename(tmp_path / "ImageNet-ResNet50.npz")
