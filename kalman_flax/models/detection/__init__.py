@@ -1,0 +1,1 @@
+"""Detection and instance segmentation over Signals: Mask R-CNN and its geometry."""
