@@ -23,6 +23,8 @@ from kalman_flax._kernels import compiler_options as compiler_options
 from kalman_flax.filtered.explain import explain as explain
 from kalman_flax.filtered.rules import register_rule as register_rule
 from kalman_flax.filtered.transform import filtered as filtered
+from kalman_flax.inference.calibration import calibrate as calibrate
+from kalman_flax.inference.calibration import seed_calibration as seed_calibration
 from kalman_flax.inference.checkpoint import export_batch_norm as export_batch_norm
 from kalman_flax.inference.checkpoint import load_batch_norm as load_batch_norm
 from kalman_flax.inference.running import merge_running as merge_running

@@ -4,6 +4,11 @@ Observe a micro-batch, predict through an operation, update, normalise. Arrays a
 pytrees in and out; no Flax. The layers and `filtered` are built of these.
 """
 
+from kalman_flax._filter.calibration import Correction as Correction
+from kalman_flax._filter.calibration import correct as correct
+from kalman_flax._filter.calibration import merged_corrections as merged_corrections
+from kalman_flax._filter.calibration import uncorrected as uncorrected
+from kalman_flax._filter.calibration import update_correction as update_correction
 from kalman_flax._filter.convolution import predict_conv as predict_conv
 from kalman_flax._filter.observe import observe as observe
 from kalman_flax._filter.pool import predict_average as predict_average

@@ -40,8 +40,11 @@ def catcher(options: Mapping[str, Any], inference: bool) -> Callable[..., Any]:
         )
         if module.is_initializing():
             y = call(*args, **kwargs)
-            if options.get("decay_steps") and isinstance(module, nn.BatchNorm):
-                module.put_variable("batch_stats", "steps", jnp.zeros((), jnp.float32))
+            if isinstance(module, nn.BatchNorm):
+                norm = as_kalman_norm(_attributes(module), options)
+                own = norm.own_statistics(jnp.shape(x)[norm.axis])
+                for name, value in own.items():
+                    module.put_variable("batch_stats", name, value)
             return y
         if (running and not inference) or isinstance(x, Signal):
             return call(*args, **kwargs)

@@ -100,8 +100,7 @@ def bind(
     x = jnp.asarray(x)
     shape = (x.shape[norm.axis],)
     start = {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
-    if norm.decay_steps is not None:
-        start["steps"] = jnp.zeros((), jnp.float32)
+    start |= norm.own_statistics(*shape)
     stats = {**start, **variables.get("batch_stats", {})}
     variables = {"params": variables.get("params", {}), "batch_stats": stats}
     leaves, structure = jax.tree.flatten((variables, mask))

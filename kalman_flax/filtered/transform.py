@@ -35,6 +35,8 @@ _options = jax.make_user_context(default_value=None)
 
 #: options of `KalmanNorm` that need parameters, for which an `nn.BatchNorm` has no room
 _NEEDS_PARAMETERS = ("learn_gain", "noise")
+#: options that need more than ``mean`` and ``var`` in ``batch_stats``
+_NEEDS_STATISTICS = ("decay_steps", "calibrate")
 #: attributes of the model's own, which decide over its variables
 _OF_THE_MODEL = {
     "parent", "name", "use_running_average", "axis", "param_dtype", "use_bias",
@@ -80,9 +82,9 @@ def filtered(
         kernel_map: e.g. `centre_kernel`: convolve with this function of the kernels of
             convolutions whose output goes to a normaliser, in inference too. A network
             that was trained without it computes something else with it.
-        **options: of `KalmanNorm`, such as ``gain`` and ``decay_steps``. The latter
-            counts by ``steps`` in ``batch_stats``, which a first step adds, and
-            ``filtered(model.init, decay_steps=...)`` has from the start.
+        **options: of `KalmanNorm`, such as ``gain``, ``decay_steps`` and ``calibrate``.
+            The last two keep statistics of their own in ``batch_stats``, which a first
+            step adds, and ``filtered(model.init, decay_steps=...)`` has from the start.
 
     Raises:
         ValueError: an option that `KalmanNorm` has not, or that needs parameters, for
@@ -237,11 +239,13 @@ class FilteredModule:
         kernel_map: KernelMap | None,
         options: dict[str, Any],
     ):
-        if options.get("decay_steps") is not None:
-            raise ValueError(
-                "decay_steps needs a count of steps, which an nnx.BatchNorm has no room"
-                " for; build the model with kalman_flax.nnx.KalmanNorm and this option."
-            )
+        for name in _NEEDS_STATISTICS:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name} needs statistics of its own, which an nnx.BatchNorm has no"
+                    " room for; build the model with kalman_flax.nnx.KalmanNorm and"
+                    " this option."
+                )
         self._model, self._settings = model, (strict, kernel_map, options)
         self._input_states = {
             name + 1 if isinstance(name, int) else name: state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,19 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from kalman_flax.inference.calibration import seed_calibration
+from kalman_flax.layers.calibrated import NAMES
 from kalman_flax.layers.linear import Convolution
 
 Path = tuple[str, ...]
 
 #: collection and name of what a KalmanNorm has and batch norm lacks
-OF_FILTER = {("params", "gain"), ("params", "noise"), ("batch_stats", "steps")}
+OF_FILTER = {
+    ("params", "gain"),
+    ("params", "noise"),
+    ("batch_stats", "steps"),
+    *(("batch_stats", name) for name in NAMES),
+}
 
 
 def load_batch_norm(
@@ -30,13 +38,15 @@ def load_batch_norm(
 
     Layers correspond by name; Flax's automatic ``BatchNorm_3`` is ``KalmanNorm_3``.
     Only gain, process noise and a count of steps, which batch norm lacks, keep their
-    values: fine-tuning a pre-trained model, as the paper does on COCO.
+    values: fine-tuning a pre-trained model, as the paper does on COCO. Where layers
+    have `KalmanNorm.calibrate`, it is started from the checkpoint's moving statistics,
+    by `seed_calibration`, if the network is given; a warning says so if it is not.
 
     Args:
         variables: of the KN network, freshly initialised: ``params``, ``batch_stats``.
         batch_norm_variables: the checkpoint.
         network: the KN network, to check that no `Conv.kernel_map` of it changes what
-            the checkpoint computes. Leave it out where that is meant.
+            the checkpoint computes, and to seed. Leave it out where a change is meant.
         *args, **kwargs: an inference call of `network`, as in `export_batch_norm`.
 
     Returns:
@@ -52,7 +62,7 @@ def load_batch_norm(
     kept = {path: leaf for path, leaf in ours.items() if path not in of_filter}
     wanted = _renamed({path: path for path in kept})
     problems = [(n, "missing in the checkpoint") for n in wanted if n not in theirs]
-    problems += [(n, "unknown to the network") for n in theirs if n not in wanted]
+    problems += [(n, _unknown(n, theirs)) for n in theirs if n not in wanted]
     problems += [
         (
             n,
@@ -67,9 +77,31 @@ def load_batch_norm(
         raise ValueError(f"the checkpoint does not fit:{''.join(lines)}")
     flat = ours | {path: theirs[name] for name, path in wanted.items()}
     loaded = traverse_util.unflatten_dict(flat)
-    if network is not None:
-        _check_kernels(network, loaded, *args, **kwargs)
-    return loaded
+    calibrates = any(path[-1] in NAMES for path in of_filter)
+    if network is None:
+        if calibrates:
+            warnings.warn(
+                "the network calibrates, and load_batch_norm can only start that from"
+                " the checkpoint if it is given network and an inference call. Else"
+                " start it by kalman_flax.seed_calibration or kalman_flax.calibrate.",
+                stacklevel=2,
+            )
+        return loaded
+    _check_kernels(network, loaded, *args, **kwargs)
+    if not calibrates:
+        return loaded
+    options = {**kwargs, "mutable": ["batch_stats"]}
+    forward = jax.jit(lambda variables: network.apply(variables, *args, **options))
+    return seed_calibration(forward, loaded)
+
+
+def _unknown(name: Path, checkpoint: dict[Path, Any]) -> str:
+    if name in _of_filter(checkpoint):
+        return (
+            "of another filter's, unknown to the network: export_batch_norm leaves it"
+            " out"
+        )
+    return "unknown to the network"
 
 
 def _check_kernels(
@@ -87,9 +119,11 @@ def _check_kernels(
         lines = "".join(f"\n  {path}" for path in changed)
         raise ValueError(
             "the network's kernel_map changes kernels of the checkpoint, which was"
-            " trained without it: it would compute something else. Load it into a"
-            " network without kernel_map; or, where that is meant, leave the network"
-            f" out of this call.{lines}"
+            " trained without it: it would compute something else, for the mean that"
+            " centring takes away is not undone by the normaliser wherever the input of"
+            " the kernel varies, as behind a ReLU. Load it into a network without"
+            " kernel_map; or, where that is meant, leave the network out of this call."
+            f"{lines}"
         )
 
 

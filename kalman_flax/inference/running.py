@@ -22,7 +22,8 @@ def merge_running(
     that of the mean of the means; the merged variance that of the mean of the variances
     plus the variance of the means (law of total variance), as if one micro-batch had
     held the examples of all. With one replica nothing changes: it is `nn.BatchNorm`'s
-    own update.
+    own update. The ``offset`` and ``ratio`` of `KalmanNorm.calibrate` are a mean and a
+    variance of all that was observed, and merge by the same law. All else is averaged.
 
     Args:
         batch_stats: collection of ``mean`` and ``var``, with a leading axis ``R``.
@@ -42,11 +43,13 @@ def merge_running(
         return lax.optimization_barrier(lax.pmean(stats, axis_name))
 
     flat: dict[Any, Any] = traverse_util.flatten_dict(batch_stats)
-    variances = {path: stat for path, stat in flat.items() if path[-1] == "var"}
+    # Of each variance its mean, and the share by which both hold what is new.
+    of = {"var": ("mean", 1.0 - momentum), "ratio": ("offset", 1.0)}
+    variances = {path: stat for path, stat in flat.items() if path[-1] in of}
     merged = mean({path: flat[path] for path in flat.keys() - variances.keys()})
     for path in variances:
-        # The averages hold the new moments of each by a share of 1 - momentum.
-        of_mean = (*path[:-1], "mean")
+        name, share = of[path[-1]]
+        of_mean = (*path[:-1], name)
         state = KalmanState(flat[of_mean], variances[path])
-        variances[path] = second_moment(state, merged[of_mean], 1.0 - momentum)
+        variances[path] = second_moment(state, merged[of_mean], share)
     return traverse_util.unflatten_dict(merged | mean(variances))

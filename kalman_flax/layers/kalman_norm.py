@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from kalman_flax._filter.calibration import (
+    Corrected,
+    Correction,
+    merged_corrections,
+    uncorrected,
+)
 from kalman_flax._filter.mixture import merged
 from kalman_flax._filter.state import KalmanState
 from kalman_flax._filter.update import (
@@ -21,6 +27,7 @@ from kalman_flax._filter.update import (
     update,
 )
 from kalman_flax._kernels import hold
+from kalman_flax.layers.calibrated import Calibrated, Change
 from kalman_flax.layers.micro_batches import each, of_examples
 from kalman_flax.layers.normalizer import (
     Affine,
@@ -41,7 +48,7 @@ class Parameters(NamedTuple):
     """What a Kalman normaliser learns, as its equations use it."""
 
     gain: jax.Array | float  # q in [0, 1], scalar or [C]
-    predict_noise: Callable[[KalmanState], KalmanState]  # adds R to a prediction
+    predict_noise: Change  # adds R to a prediction
     scale: jax.Array | float  # gamma, [C]
     bias: jax.Array | float  # beta, [C]
 
@@ -78,7 +85,7 @@ class FilterParameters(Affine):
         shape = () if self.learn_gain == "scalar" else shape
         return jax.nn.sigmoid(self.param("gain", logit, shape, jnp.float32))
 
-    def _noise(self, shape: tuple[int, ...]) -> Callable[[KalmanState], KalmanState]:
+    def _noise(self, shape: tuple[int, ...]) -> Change:
         if self.noise is None:
             return lambda state: state
         if self.noise == "additive":
@@ -98,7 +105,8 @@ class FilterParameters(Affine):
     ) -> KalmanState:
         """The update; what is observed where the prediction is infinite or NaN, which
         says nothing."""
-        known = is_known(predicted)
+        # With what noise and correction make of it, which may overflow.
+        known = is_known(parameters.predict_noise(lax.stop_gradient(predicted)))
         # Put aside before anything is computed of it: 0 inf is NaN in gradients.
         predicted = choose(known, predicted, KalmanState(0.0, 1.0))
         predicted = parameters.predict_noise(predicted)
@@ -110,7 +118,7 @@ class FilterParameters(Affine):
         return choose(known, updated, observed)
 
 
-class KalmanNorm(FilterParameters, RunningNormalizer):
+class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
     """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
 
     On a Signal with a state: adds process noise R to the predicted variance, combines
@@ -155,12 +163,20 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             `jax.jit` of a sharded batch: where devices hold whole micro-batches,
             statistics need no communication in training, and only the running ones
             are averaged over the devices.
+        calibrate: None, or what of the prediction to correct by how far it was off in
+            past updates (`kalman_flax.filter.correct`): ``"var"``, or ``"both"`` mean
+            and variance. Averages decay by `momentum`, without a gradient, and live as
+            ``offset``, ``ratio`` and ``weight`` ``[C]`` in ``batch_stats``. Start them
+            before the first update, by `kalman_flax.calibrate`, or from a batch-norm
+            checkpoint by `kalman_flax.seed_calibration`, which needs ``"both"`` to
+            begin as that normalised. Without a prediction there is nothing to correct.
 
     Raises:
         ValueError: a gain outside [0, 1], or outside (0, 1) where it is learned; an
             unknown option; no steps to decay over; a state of another number of
             channels than the value; a `micro_batch_size` that does not divide the
-            batch, or together with `axis_name` or ``propagate="raw"``.
+            batch, or together with `axis_name` or ``propagate="raw"``; in training,
+            `calibrate` with variables of a network without it.
     """
 
     gain: float = 0.02
@@ -171,6 +187,7 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
     outlier_ratio: float | None = None
     decay_steps: int | None = None
     micro_batch_size: int | None = None
+    calibrate: Corrected | None = None
 
     def __post_init__(self):
         if self.micro_batch_size is not None and self.axis_name is not None:
@@ -233,24 +250,37 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
             warn_of_plain_array(self)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
         value = hold(value)
+        correction = None if predicted is None else self._correction()
+        noise = parameters.predict_noise
+        if correction is not None:
+            parameters = parameters._replace(
+                predict_noise=self._correcting(correction, noise)
+            )
 
         def combine(
             value: jax.Array, mask: jax.Array | None, predicted: KalmanState | None
-        ) -> tuple[KalmanState, KalmanState]:
+        ) -> tuple[KalmanState, KalmanState, Correction | None]:
             observed = self._observe(
                 value,
                 axis=self.axis,
                 mask=mask,
-                guess=self._guess(predicted, running),
+                guess=self._guess(predicted, running, parameters),
                 alone=predicted is None,
             )
-            return observed, keep(self._filtered(predicted, observed, parameters))
+            learned = None
+            if predicted is not None and correction is not None:
+                learned = self._learn(correction, predicted, observed, noise)
+            filtered = self._filtered(predicted, observed, parameters)
+            return observed, keep(filtered), learned
 
         size = None if self.is_initializing() else self.micro_batch_size
         run = each(combine, size, self.axis) if size else combine
-        observed, filtered = run(value, mask, predicted)
+        observed, filtered, learned = run(value, mask, predicted)
         self._report(observed=observed, predicted=predicted, filtered=filtered)
         self._move_running(running, merged(filtered) if size else filtered)
+        if correction is not None:
+            learned = merged_corrections(learned) if size else learned
+            self._put_correction(learned, correction)
         self._count_step()
         return Filtered(value, of_examples(filtered, size) if size else filtered)
 
@@ -280,7 +310,10 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         return state
 
     def _guess(
-        self, predicted: KalmanState | None, running: KalmanState
+        self,
+        predicted: KalmanState | None,
+        running: KalmanState,
+        parameters: Parameters,
     ) -> jax.Array | None:
         """What to take the moments about in one pass, where nothing can be lost by it.
 
@@ -295,7 +328,8 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
         rejects = self.outlier_ratio is not None
         if predicted is None or self.rule != "mixture" or rejects or not bounded:
             return None
-        return jnp.where(is_known(predicted), predicted.mean, running.mean)
+        prior = parameters.predict_noise(predicted)
+        return jnp.where(is_known(prior), prior.mean, running.mean)
 
     def _filtered(
         self,
@@ -322,9 +356,20 @@ class KalmanNorm(FilterParameters, RunningNormalizer):
                     reduce_fn=_latest,
                 )
 
+    @nn.nowrap
+    def own_statistics(self, channels: int) -> dict[str, jax.Array]:
+        """What it has in ``batch_stats`` besides ``mean`` and ``var``, at the start."""
+        own = {}
+        if self.decay_steps is not None:
+            own["steps"] = jnp.zeros((), jnp.float32)
+        if self.calibrate is not None:
+            own |= uncorrected(channels)._asdict()
+        return own
+
     @nn.compact
     def _variables(self, value: jax.Array) -> tuple[Parameters, KalmanState]:
         parameters = self._parameters(value.shape[self.axis])
+        self._start_correction(value.shape[self.axis])
         if self.decay_steps is not None:
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
             done = jnp.minimum(steps.value / self.decay_steps, 1.0)
