@@ -102,6 +102,13 @@ SECTIONS: dict[str, dict[str, Key]] = {
             ConfigDict(), "its attributes: --config.norm_options.gain=0.5"
         ),
         "stats_momentum": Key(0.9, "of the running statistics", least=0, most=1),
+        "calibrate_batches": Key(
+            0,
+            "batches that set the running statistics before the first update, by"
+            " forward passes; 10 for norm_options.calibrate",
+            least=0,
+            most=10**4,
+        ),
     },
     "Batches": {
         "batch_size": Key(

@@ -23,6 +23,7 @@ from train.engine.feed import Ahead
 from train.engine.files import directory
 from train.engine.profile import profiler
 from train.engine.run import NonFiniteError, Run
+from train.engine.start import started
 from train.engine.step import Metrics, TrainState
 
 _norm = jax.jit(optax.tree.norm)
@@ -64,7 +65,7 @@ def train(
     with contextlib.ExitStack() as stack:
         run = Run(config, workdir, stack)
         trained_on.keep(workdir, data)
-        state = run.restore(experiment.state)
+        state = started(config, experiment, run.restore(experiment.state))
         loop = Loop(experiment, run)
         state = loop.train(state)
         summary = run.finish(experiment, state, loop.seconds)

@@ -136,7 +136,7 @@ def apply_replicas(
         )
 
     outputs, written = jax.vmap(forward)(split_evenly(inputs, len(keys)), keys)
-    return _join(outputs), written
+    return join(outputs), written
 
 
 def split_evenly(tree: Any, parts: int) -> Any:
@@ -144,7 +144,7 @@ def split_evenly(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
 
 
-def _join(tree: Any) -> Any:
+def join(tree: Any) -> Any:
     """Joins what `split_evenly` split."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
@@ -268,9 +268,9 @@ def _sum_in_turn(
         grads, found = gradient(ready, *part)
         return jax.tree.map(jnp.add, total, grads), found
 
-    grads, found = _in_turn(add, jax.tree.map(jnp.zeros_like, learned), parts)
+    grads, found = in_turn(add, jax.tree.map(jnp.zeros_like, learned), parts)
     share = jax.tree.map(lambda shares: jnp.sum(shares, axis=0), found.share)
-    return grads, Found(share, _join(found.written))
+    return grads, Found(share, join(found.written))
 
 
 def jit_update(update: Callable) -> Callable:
@@ -278,7 +278,7 @@ def jit_update(update: Callable) -> Callable:
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
 
-def _in_turn(
+def in_turn(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, given: Any
 ) -> tuple[Any, Any]:
     """`lax.scan`; on the CPU written out, where XLA takes some 20 times as long for the
