@@ -16,8 +16,6 @@ from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import Signal, as_signal
 
-Flat = dict[tuple[str, ...], Any]
-
 #: counts of updates in ``batch_stats``: no pass before the first is one
 _COUNTS = ("step", "steps")
 
@@ -63,28 +61,30 @@ def calibrate(
             "the variables have no batch_stats: this network keeps no statistics that"
             " could be set."
         )
-    stats = before = variables["batch_stats"]
-    passes = 0
+    stats: dict[Any, Any] = traverse_util.flatten_dict(variables["batch_stats"])
+    old, passes = stats, 0
     for batch in batches:
         passes += 1
-        stats = _written(apply({**variables, "batch_stats": stats}, batch))
+        given = {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
+        stats = traverse_util.flatten_dict(_written(apply(given, batch)))
+        for path in stats:
+            if path[-1] in _COUNTS:
+                stats[path] = old.get(path, jnp.zeros_like(stats[path]))
     if not passes:
         raise ValueError("no batches; calibrating needs at least one.")
-    old, new = _flat(before), _flat(stats)
-    if _same(old, new):
+    if old.keys() == stats.keys() and all(
+        jnp.array_equal(stats[path], old[path], equal_nan=True) for path in old
+    ):
         raise ValueError(
             "the passes moved no statistics; call the network as in training, e.g. with"
             " train=True or use_running_average=False."
         )
-    if bad := ["/".join(p) for p, s in new.items() if not jnp.all(jnp.isfinite(s))]:
+    if bad := ["/".join(p) for p, s in stats.items() if not jnp.all(jnp.isfinite(s))]:
         raise ValueError(
             f"after {passes} passes these statistics are infinite or NaN:"
             f" {', '.join(bad)}; look at the examples, and at the parameters."
         )
-    for path in new:
-        if path[-1] in _COUNTS:
-            new[path] = old.get(path, jnp.zeros_like(new[path]))
-    return {**variables, "batch_stats": traverse_util.unflatten_dict(new)}
+    return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
 
 
 def seed_calibration(
@@ -142,8 +142,9 @@ def seed_calibration(
             " nothing to seed. Give it calibrate='both', see kalman_flax.explain for"
             " the predictions, and call the network as in training."
         )
-    flat = _flat(variables.get("batch_stats", {}))
-    flat |= {path: stat for path, stat in _flat(stats).items() if path[-1] in NAMES}
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    written = traverse_util.flatten_dict(stats).items()
+    flat |= {path: stat for path, stat in written if path[-1] in NAMES}
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
 
 
@@ -188,13 +189,3 @@ def _written(returned: Any) -> Any:
             ' mutable=["batch_stats"].'
         )
     return written["batch_stats"]
-
-
-def _flat(batch_stats: Any) -> Flat:
-    return traverse_util.flatten_dict(batch_stats)
-
-
-def _same(one: Flat, other: Flat) -> bool:
-    return one.keys() == other.keys() and all(
-        jnp.array_equal(one[path], other[path], equal_nan=True) for path in one
-    )
