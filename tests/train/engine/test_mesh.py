@@ -38,10 +38,10 @@ def assert_same_training(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=2e-3, atol=2e-5)
 
 
-# Histories of the forward pass and a count of steps; of the backward pass; random
-# numbers of each replica.
+# Histories of the forward pass, corrections, and a count of steps; histories of the
+# backward pass; random numbers of each replica.
 @pytest.mark.parametrize("norm, options", [
-    ("kalman_wc", (("decay_steps", 3),)),
+    ("kalman_wc", (("calibrate", "both"), ("decay_steps", 3))),
     ("moving_average", ()),
     ("kalman_mc", ()),
 ])  # fmt: skip
