@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax import Conv, KalmanNorm, KalmanState, Normalization, Signal
+from kalman_flax._filter.calibration import Correction
 from kalman_flax._filter.convolution import predict_conv
+from kalman_flax.layers.kalman_norm import Parameters
 from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import as_signal
 
@@ -46,6 +48,32 @@ class ConstantKalmanNorm(KalmanNorm):
     def filter(self, x: Signal, *args: Any, **kwargs: Any) -> Filtered:
         """Filters with a prediction that has no gradient."""
         return super().filter(_with_state(x, lax.stop_gradient), *args, **kwargs)
+
+
+class OpeningKalmanNorm(KalmanNorm):
+    """With `calibrate`: a gain of max(q, 1 / (1 + t)) in the t-th update, which trusts
+    observations until there are some to correct predictions by; for a run that begins
+    without passes that set its statistics."""
+
+    def _variables(self, value: jax.Array) -> tuple[Parameters, KalmanState]:
+        parameters, running = super()._variables(value)
+        weight = self.get_variable("batch_stats", "weight")
+        if weight is None:  # in inference it may be gone
+            return parameters, running
+        t = jnp.log1p(-weight) / jnp.log(self.momentum)  # of n = 1 - k^t
+        gain = jnp.maximum(parameters.gain, 1.0 / (1.0 + t))
+        return parameters._replace(gain=gain), running
+
+
+class ConstantCorrectionKalmanNorm(KalmanNorm):
+    """With `calibrate`: keeps for good the correction that it was seeded with."""
+
+    def _learn(
+        self, correction: Correction, *args: Any, momentum: float | None = None
+    ) -> Correction:
+        if momentum is None:
+            return correction
+        return super()._learn(correction, *args, momentum=momentum)
 
 
 class BorderlessConv(Conv):
@@ -90,6 +118,8 @@ NORMALIZERS = {
     "control_shuffled": Normalization(ShuffledKalmanNorm),
     "control_moving": Normalization(MovingKalmanNorm),
     "control_constant": Normalization(ConstantKalmanNorm),
+    "control_opening": Normalization(OpeningKalmanNorm),
+    "control_constant_correction": Normalization(ConstantCorrectionKalmanNorm),
     "control_no_border": Normalization(KalmanNorm, conv=BorderlessConv),
     "control_no_stream": Normalization(KalmanNorm, conv=ForgetfulConv),
 }

@@ -13,9 +13,11 @@ from kalman_flax import KalmanState, Signal
 from train.studies.controls import (
     NORMALIZERS,
     BorderlessConv,
+    ConstantCorrectionKalmanNorm,
     ConstantKalmanNorm,
     ForgetfulConv,
     MovingKalmanNorm,
+    OpeningKalmanNorm,
     ShuffledKalmanNorm,
 )
 
@@ -40,6 +42,41 @@ def test_shuffled_takes_another_channels_prediction():
             for norm in (ShuffledKalmanNorm, kf.KalmanNorm)
         )
         chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_gain_that_opens():
+    """The observation alone in the first update, an equal share in the second."""
+    norm = OpeningKalmanNorm(False, gain=0.1, calibrate="both", momentum=0.8)
+    variables = norm.init(KEY, Signal(X, STATE))
+    mean, var = np.mean(X, (0, 1, 2)), np.var(X, (0, 1, 2))
+    for t, gain in enumerate((1.0, 0.5, 1 / 3)):
+        weight = jnp.full(4, 1.0 - 0.8**t)
+        stats = variables["batch_stats"] | {"weight": weight}
+        given = {**variables, "batch_stats": stats}
+        expected = kf.filter.update(STATE, KalmanState(mean, var), gain)
+        y = apply(norm, variables=given).value
+        normal = (X - expected.mean) / np.sqrt(expected.var + 1e-5)
+        np.testing.assert_allclose(y, normal, rtol=1e-4, atol=1e-5)
+    given["batch_stats"] = stats | {"weight": jnp.ones(4)}
+    expected = apply(kf.KalmanNorm(False, gain=0.1, calibrate="both"), variables=given)
+    chex.assert_trees_all_close(apply(norm, variables=given), expected, rtol=1e-5)
+
+
+def test_a_correction_that_is_seeded_and_stays():
+    norm = ConstantCorrectionKalmanNorm(False, gain=0.0, calibrate="both")
+    variables = norm.init(KEY, Signal(X, STATE))
+    stats = variables["batch_stats"] | {
+        "mean": jnp.full(4, 5.0),
+        "var": jnp.full(4, 9.0),
+    }
+    call = {"mutable": ["batch_stats"]}
+    variables = kf.seed_calibration(
+        norm.apply, {**variables, "batch_stats": stats}, Signal(X, STATE), **call
+    )
+    for _ in range(2):
+        y, updates = norm.apply(variables, Signal(X, STATE), **call)
+        np.testing.assert_allclose(y.value, (X - 5) / 3, rtol=1e-4)
+        variables = {**variables, **updates}
 
 
 def test_moving_averages_in_place_of_the_prediction():
