@@ -128,7 +128,7 @@ class Conv(Convolution, nn.Conv):
 
         def move_valid(valid: jax.Array) -> jax.Array:
             axes = slide(
-                np.atleast_1d(self.kernel_size),
+                np.atleast_1d(self.kernel_size).tolist(),
                 size,
                 strides=self.strides,
                 padding=self.padding,
@@ -171,7 +171,9 @@ class ConvTranspose(Convolution, nn.ConvTranspose):
 
         def move_valid(valid: jax.Array) -> jax.Array:
             size_between, geometry = self._as_conv(size)
-            axes = slide(np.atleast_1d(self.kernel_size), size_between, **geometry)
+            axes = slide(
+                np.atleast_1d(self.kernel_size).tolist(), size_between, **geometry
+            )
             return slid(valid, axes, self.padding)
 
         return through(inputs, super().__call__, predict, move_valid)
@@ -179,7 +181,7 @@ class ConvTranspose(Convolution, nn.ConvTranspose):
     def _as_conv(self, size: Sequence[int]) -> tuple[list[int], dict[str, Sequence]]:
         """It as a convolution, see `transposed`."""
         return transposed(
-            np.atleast_1d(self.kernel_size),
+            np.atleast_1d(self.kernel_size).tolist(),
             size,
             strides=self.strides,
             padding=self.padding,

@@ -19,6 +19,7 @@ from kalman_flax._filter.predict import (
 )
 from kalman_flax._filter.state import KalmanState, for_channels
 from kalman_flax.layers import valid as validity
+from kalman_flax.layers.channels import per_channel, picked_channels
 
 _WHAT_IT_IS = (
     "an activation with its Kalman state, not an array. Layers that move both have"
@@ -164,13 +165,13 @@ class Signal(metaclass=_SaysWhatItIs):
         parts = index if isinstance(index, tuple) else (index,)
         value, valid = self.value[index], self.valid
         if valid is not None:
-            kept = _picked_channels(parts, self.ndim) is not None
+            kept = picked_channels(parts, self.ndim) is not None
             _check_channels(kept, f"the index {index}")
             valid = jnp.broadcast_to(valid, self.shape)[index][..., :1]
         return Signal(value, self._indexed_state(parts), valid)
 
     def _indexed_state(self, parts: tuple) -> KalmanState | None:
-        channels = _picked_channels(parts, self.ndim)
+        channels = picked_channels(parts, self.ndim)
         if self.state is None or channels is None:
             return None
         of_examples = self.state.mean.ndim > 1
@@ -233,7 +234,7 @@ class Signal(metaclass=_SaysWhatItIs):
         """``operate(self, other)``, by one rule for Signals, another for constants."""
         if not isinstance(other, Signal):
             value, state = operate(self.value, other), None
-            constant = _per_channel(other, self.shape)
+            constant = per_channel(other, self.shape)
             if self.state is not None and constant is not None:
                 state = of_constant(for_channels(self.state, self.shape[-1]), constant)
             return Signal(value, state, self.valid)
@@ -276,40 +277,6 @@ def _check_channels(kept: bool, what: str) -> None:
             " the mean of the valid ones first, or signal.replace(valid=None) where"
             " zeros may count."
         )
-
-
-def _picked_channels(parts: tuple, ndim: int) -> slice | None:
-    """Which channels an index picks; None where the last axis is no longer theirs."""
-
-    def is_plain(part: Any) -> bool:
-        dtype = getattr(part, "dtype", None)
-        return (
-            part is None
-            or isinstance(part, (int, slice, type(Ellipsis)))
-            or (dtype is not None and jnp.issubdtype(dtype, jnp.integer))
-        )
-
-    if not all(map(is_plain, parts)):
-        return None
-    last = parts[-1] if parts else Ellipsis
-    dots = any(part is Ellipsis for part in parts)
-    named = sum(part is not None and part is not Ellipsis for part in parts)
-    if last is Ellipsis or (not dots and named < ndim):
-        return slice(None)
-    return last if isinstance(last, slice) else None
-
-
-def _per_channel(constant: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns `constant` as a number or ``[C]``; None where it differs by position, or
-    has the value's own shape, as another activation would."""
-    of_constant = jnp.shape(constant)
-    if of_constant == ():
-        return constant
-    *positions, channels = of_constant
-    alone = len(of_constant) > 1 and of_constant == shape
-    if alone or channels not in (1, shape[-1]) or any(n != 1 for n in positions):
-        return None
-    return jnp.reshape(constant, (channels,))
 
 
 #: the type of an input that is the type of the output, too
