@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     config.norm = "kalman_wc"
     config.batch_size = 8
     config.micro_batch_size = 1
+    config.optimizer = "adamw"
+    config.learning_rate = 0.003
     config.clip_norm = 1.0
     config.epochs = 0
     config.total_steps = 2_000

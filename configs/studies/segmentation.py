@@ -8,8 +8,8 @@ comparison at one rate for all favours those whose rate it is: of each, take the
 with the best mean over the seeds. Ramps are cut to the run: change its length here, not
 by a flag.
 
-Runs that differ in rate and seed alone are compiled once. A rate for all is chosen by
-``--variants="batch@1 rate 0.1,..."``.
+Runs that differ in rate and seed alone are compiled once. Some of them alone are run by
+``--variants="batch@1 rate 0.003,kalman@1 rate 0.003"``.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs.experiments import scenes_segmentation
 from configs.studies.micro_batch_sizes import ramp
 
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.001, 0.003, 0.01)
 #: normaliser and micro-batch size
 ENTRIES = (
     ("batch", 1),
