@@ -36,7 +36,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "digits",
             "digits, digits32, cifar10, cifar100, svhn_cropped (with its extra"
             " images), in memory; or imagenet2012, folder (data_dir/train/CLASS/,"
-            " data_dir/val/CLASS/), read from disk",
+            " data_dir/val/CLASS/), read from disk. To segment: scenes, in memory; or"
+            " pairs (data_dir/train/images/, data_dir/train/masks/), read from disk",
         ),
         "train_examples": Key(0, "use the first so many to train; 0: all", least=0),
         "test_examples": Key(0, "use the first so many to test; 0: all", least=0),
@@ -73,7 +74,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "flip": Key(False, "random horizontal flips"),
     },
     "Network": {
-        "network": Key("cifar_resnet", "a name in kalman_flax.NETWORKS"),
+        "network": Key(
+            "cifar_resnet",
+            "a name in kalman_flax.NETWORKS; to segment, in kalman_flax.SEGMENTERS",
+        ),
         "blocks_per_stage": Key(
             1,
             "cifar_resnet, cifar_resnet_v1, nf_resnet: n of their 6n + 2 layers",

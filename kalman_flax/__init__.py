@@ -54,6 +54,7 @@ from kalman_flax.pretrained import load_pretrained as load_pretrained
 from kalman_flax.pretrained import read_pretrained as read_pretrained
 from kalman_flax.registry import NETWORKS as NETWORKS
 from kalman_flax.registry import NORMALIZERS as NORMALIZERS
+from kalman_flax.registry import SEGMENTERS as SEGMENTERS
 from kalman_flax.registry import Normalization as Normalization
 from kalman_flax.registry import normalization as normalization
 

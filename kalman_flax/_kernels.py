@@ -37,39 +37,64 @@ def compiler_options() -> dict[str, str]:
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def mean_and_variance(
-    x: jax.Array, guess: jax.Array | None, axes: tuple[int, ...]
+    x: jax.Array,
+    guess: jax.Array | None,
+    mask: jax.Array | None,
+    axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of `x` over `axes`.
+    """Mean and biased variance of `x` over `axes`, where `mask` is true; 0 and 0 where
+    it nowhere is.
 
     Two centred passes; with a `guess` of the mean, on a GPU or TPU, one pass about
     that. See `kalman_flax._filter.observe.observe_about`.
     """
     if guess is None:
-        return _two_passes(x, axes)
+        return _two_passes(x, mask, axes)
     # XLA:CPU takes as long for two sums in one pass as in two.
     return lax.platform_dependent(
         x,
         guess,
-        cpu=lambda x, _: _two_passes(x, axes),
+        mask,
+        cpu=lambda x, _, mask: _two_passes(x, mask, axes),
         default=functools.partial(_one_pass, axes=axes),
     )
 
 
-def _two_passes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return jnp.mean(x, axes), jnp.var(x, axes)
+def _mean(
+    x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...], **options: Any
+) -> jax.Array:
+    """`jnp.mean` where the mask, of the shape of `x`, is true; 0 where it nowhere is.
+    Elsewhere `x` may be NaN."""
+    if mask is None:
+        return jnp.mean(x, axes, **options)
+    count = jnp.sum(mask, axes, x.dtype, **options)
+    return jnp.sum(x, axes, where=mask, **options) / jnp.maximum(count, 1)
+
+
+def _two_passes(
+    x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    if mask is None:
+        return jnp.mean(x, axes), jnp.var(x, axes)
+    mean = _mean(x, mask, axes)
+    centred = x - jnp.expand_dims(mean, axes)
+    return mean, _mean(jnp.square(centred), mask, axes)
 
 
 def _one_pass(
-    x: jax.Array, guess: jax.Array, axes: tuple[int, ...]
+    x: jax.Array, guess: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """mean = c + E[x - c], var = E[(x - c)^2] - E[x - c]^2, c = `guess`: known before
     `x` is, so that the convolution that computes `x` can sum up both on the way."""
     away = x - jnp.expand_dims(guess, axes)
-    mean = jnp.mean(away, axes)
-    square = jnp.mean(jnp.square(away), axes)
-    return guess + mean, jnp.maximum(square - jnp.square(mean), 0.0)
+    mean = _mean(away, mask, axes)
+    square = _mean(jnp.square(away), mask, axes)
+    var = jnp.maximum(square - jnp.square(mean), 0.0)
+    if mask is not None:
+        guess = jnp.where(jnp.any(mask, axes), guess, 0.0)
+    return guess + mean, var
 
 
 @mean_and_variance.defjvp
@@ -78,11 +103,14 @@ def _mean_and_variance_jvp(
 ) -> tuple[Any, Any]:
     """d mean = E[dx]; d var = 2 E[(x - mean) dx], for E[(x - mean) d mean] is 0: one
     sum over the positions less in the backward pass."""
-    (x, guess), (d_x, _) = primals, tangents  # the guess makes no difference
-    mean, var = mean_and_variance(x, guess, axes)
+    (x, guess, mask), (d_x, *_) = primals, tangents  # the guess makes no difference
+    mean, var = mean_and_variance(x, guess, mask, axes)
     # Has XLA:CPU subtract again: it would keep x - mean in memory, beside x.
     centred = x - jnp.expand_dims(hold(mean), axes)
-    return (mean, var), (jnp.mean(d_x, axes), 2.0 * jnp.mean(centred * d_x, axes))
+    if mask is not None:  # elsewhere it may be NaN, which 0 does not make 0
+        centred = jnp.where(mask, centred, 0.0)
+    d_var = 2.0 * _mean(centred * d_x, mask, axes)
+    return (mean, var), (_mean(d_x, mask, axes), d_var)
 
 
 @jax.custom_jvp

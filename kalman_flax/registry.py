@@ -51,6 +51,7 @@ from kalman_flax.models.inception import InceptionV2, SmallInception
 from kalman_flax.models.network import Network
 from kalman_flax.models.nf_resnet import NFResNet
 from kalman_flax.models.resnet import ResNet
+from kalman_flax.models.unet import UNet
 
 
 class Normalization(NamedTuple):
@@ -137,6 +138,12 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet50": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 6, 3)),
     "resnet101": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 23, 3)),
     "inception_v2": InceptionV2,
+}
+
+#: The same, of networks that give logits of every pixel, ``[N, H, W, num_classes]``.
+SEGMENTERS: dict[str, Callable[..., Network]] = {
+    "unet": UNet,
+    "unet_small": functools.partial(UNet, width=16, depth=2),  # for small images
 }
 
 #: Ends of names, and the kernels that they stand for.

@@ -71,6 +71,32 @@ def test_a_far_prediction_loses_no_variance(elsewhere, options, exact):
     np.testing.assert_allclose(state.var, var, rtol=1e-4)
 
 
+def test_moments_about_a_guess_where_a_mask_says_so(elsewhere):
+    """Values, gradients, and NaN beneath the mask; channel 2 is masked out."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1.0, 2.0, (4, 5, 3)).astype(np.float32)
+    mask = rng.uniform(size=(4, 5, 3)) < [0.7, 0.3, 0.0]
+    flat, counts = x.reshape(-1, 3), mask.reshape(-1, 3)
+    chosen = [np.float64(flat[counts[:, c], c]) for c in range(2)]
+    mean, var = ([*(f(v) for v in chosen), 0.0] for f in (np.mean, np.var))
+    hidden = jnp.where(mask, x, jnp.nan)
+
+    def found(x):
+        return tuple(about(x, jnp.full(3, 0.5), mask=mask))
+
+    chex.assert_trees_all_close(
+        found(hidden), (np.array(mean), np.array(var)), rtol=1e-4
+    )
+    count = counts.sum(0)
+    slope = np.where(mask, (1 + 2 * (x - mean)) / np.maximum(count, 1), 0)
+    chex.assert_trees_all_close(
+        jax.grad(lambda x: sum(map(jnp.sum, found(x))))(hidden),
+        slope,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
 def test_a_constant_has_no_variance(elsewhere):
     x = jnp.full((64, 7), 0.1)
     near = about(x, jnp.full(7, 0.3)).var

@@ -12,6 +12,9 @@ weights or the checkpoint.
 
 For up to 100 classes, confusion_test.csv and .png in the run say what is taken for
 what: rows are the true classes, columns those predicted by option A.
+
+Of a segmentation network it prints mIoU and Dice, and IoU and Dice of each class;
+segments_test.csv and .png have the table, and predictions beside the truth.
 """
 
 import pathlib
@@ -21,7 +24,7 @@ from absl import flags
 from kalman_flax._filter.state import check_choice
 from kalman_flax.inference.precise import running_moments
 from train import cli
-from train.analysis import confusion
+from train.analysis import confusion, segments
 from train.analysis.inference_statistics import (
     AUTO,
     WEIGHTS,
@@ -32,7 +35,8 @@ from train.analysis.inference_statistics import (
 from train.engine import trained_on
 from train.engine import workdir as wd
 from train.engine.classification import Classification, Images, classification_of
-from train.engine.experiment import build
+from train.engine.experiment import Experiment, build
+from train.engine.segmentation import Segmentation, segmentation_of
 from train.engine.step import TrainState
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -65,6 +69,8 @@ def main() -> None:
     workdir = cli.path(_WORKDIR)
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
+    if isinstance(experiment.task, Segmentation):
+        return _evaluate_segmentation(experiment, workdir)
     task = classification_of(experiment.task)
     check_choice("split", _SPLIT.value, task.splits)
     split = task.splits[_SPLIT.value]
@@ -104,6 +110,25 @@ def main() -> None:
         if weight is not None:
             show_weighed(state, name)
     _confuse(task, last, split, workdir / f"confusion_{_SPLIT.value}")
+
+
+def _evaluate_segmentation(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """The same for a segmentation network."""
+    task, batches = segmentation_of(experiment.task), _PRECISE_BATCHES.value
+    if _EXAMPLE_WEIGHT.value is not None:
+        raise ValueError("--example_weight is for classification; leave it out.")
+    check_choice("split", _SPLIT.value, task.splits)
+    split = task.splits[_SPLIT.value]
+    state = trained_on.last_state(workdir, experiment)
+    others = {}
+    if batches:
+        name = f"A, precise statistics of {batches} training batches"
+        others[name] = recompute(task.config, experiment, state, batches)
+    print(f"step {int(state.step)}, {split.examples} {_SPLIT.value} images")
+    print(segments.numbers(task, state, split, others))
+    to = workdir / f"segments_{_SPLIT.value}"
+    print(segments.by_class(task, state, split, to))
+    print(f"written: {to}.csv, .png")
 
 
 def _confuse(

@@ -53,10 +53,7 @@ def observe(
             or sets without values.
     """
     check_choice("over", over, get_args(Set))
-    if mask is not None:
-        mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
-        mask = jnp.moveaxis(mask, axis, -1)
-    x = jnp.moveaxis(_wide(x), axis, -1)
+    x, mask = _channels_last(x, mask, axis)
     shared = (axis_name, axis_index_groups)
     if over == "batch":
         return _moments(x, tuple(range(x.ndim - 1)), mask, *shared)
@@ -76,15 +73,28 @@ def observe(
 
 
 def observe_about(
-    x: Num[Array, "*N_map_and_C"], guess: Float[Array, " C"], axis: int = -1
+    x: Num[Array, "*N_map_and_C"],
+    guess: Float[Array, " C"],
+    axis: int = -1,
+    mask: Bool[Array, "*#N_map_and_C"] | None = None,
 ) -> KalmanState:
     """`observe` over the batch, on a GPU or TPU in one pass about `guess`, ``[C]``.
 
     The rounding error of the variance grows by some 1e-7 (mean - guess)^2: for whoever
     knows that it does not count. The guess has no gradient.
     """
-    x = jnp.moveaxis(_wide(x), axis, -1)
-    return KalmanState(*mean_and_variance(x, guess, tuple(range(x.ndim - 1))))
+    x, mask = _channels_last(x, mask, axis)
+    return KalmanState(*mean_and_variance(x, guess, mask, tuple(range(x.ndim - 1))))
+
+
+def _channels_last(
+    x: jax.Array, mask: jax.Array | None, axis: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Both with the channels last, `x` in float32 or wider, the mask of its shape."""
+    if mask is not None:
+        mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+        mask = jnp.moveaxis(mask, axis, -1)
+    return jnp.moveaxis(_wide(x), axis, -1), mask
 
 
 def count_values(shape: Sequence[int], axes: Sequence[int]) -> int:
@@ -121,13 +131,10 @@ def _moments(
 ) -> KalmanState:
     if axis_name is None:
         count_values(x.shape, axes)
-        if mask is None:
-            return KalmanState(*mean_and_variance(x, None, axes))
+        return KalmanState(*mean_and_variance(x, None, mask, axes))
 
     def total(values: jax.Array) -> jax.Array:
         result = jnp.sum(values, axes, where=mask, keepdims=True)
-        if axis_name is None:
-            return result
         return lax.psum(result, axis_name, axis_index_groups=axis_index_groups)
 
     count = jnp.maximum(total(jnp.ones_like(x)), 1.0)

@@ -71,7 +71,7 @@ class BatchChannelNorm(Unfiltered, RunningNormalizer):
         inference = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = self._value(x, mask)
+        value, mask = self._masked(x, mask)
         channels, dtype = value.shape[self.axis], jnp.result_type(value, jnp.float32)
         scale, bias = self._affine(channels)
         # Not called mean and var: to that pair `merge_running` would add the variance

@@ -88,7 +88,7 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = self._value(x, mask)
+        value, mask = self._masked(x, mask)
         state = running = self._running(value, self.axis)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.float32)
         slope, offset = scale, bias = self._affine(value.shape[self.axis])

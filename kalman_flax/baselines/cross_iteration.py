@@ -58,12 +58,20 @@ class CrossIterationConv(Conv):
     in that. What a change of the bias does is not told. `transition` and the state of
     the input are not used, a plain array gives a plain array, and slopes are constants
     to the gradient.
+
+    Raises:
+        ValueError: not all of the input is valid.
     """
 
     def __call__(self, x: Signal | jax.Array) -> Signal | jax.Array:
         """Maps ``[..., H, W, C]`` to ``[..., H', W', features]``."""
         if not isinstance(x, Signal):
             return super().__call__(x)
+        if x.valid is not None:
+            raise ValueError(
+                "CrossIterationConv got a Signal that is valid in places, but cannot"
+                " leave the others out of what it observes; take another normaliser."
+            )
         y = as_signal(super().__call__(x.value)).value
         kernel = jnp.asarray(self.used_kernel(), jnp.float32)
         mean, var = observe(y)

@@ -37,7 +37,7 @@ class _EvoNorm(Unfiltered, Normalizer):
         Returns:
             A Signal of unknown state for a Signal, an array for an array.
         """
-        value = self._value(x, mask)
+        value, mask = self._masked(x, mask)
         shape, ones = value.shape[-1:], nn.initializers.ones
         v = self.param("nonlinearity_scale", ones, shape, self.param_dtype)
         scale, bias = self._affine(value.shape[-1])

@@ -64,7 +64,7 @@ class FilterResponseNorm(Unfiltered, Normalizer):
         Returns:
             A Signal of unknown state for a Signal, an array for an array.
         """
-        value = self._value(x, mask)
+        value, mask = self._masked(x, mask)
         shape, zeros = value.shape[-1:], nn.initializers.zeros
         scale, bias = self._affine(value.shape[-1])
         threshold = self.param("threshold", zeros, shape, self.param_dtype)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kalman_flax._filter.predict import predict_affine
 from kalman_flax._filter.state import KalmanState, for_channels
 from kalman_flax._filter.update import normalized_state
+from kalman_flax.layers.checks import Checked
 from kalman_flax.layers.normalizer import Unfiltered, finite_or_old
 from kalman_flax.layers.signal import Signal, as_signal, state_of
+from kalman_flax.layers.valid import somewhere
 
 
 class BatchNorm(Unfiltered, nn.BatchNorm):
@@ -38,7 +41,7 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.BatchNorm.__call__`; a Signal gives a Signal."""
-        value = self._value(x, mask)
+        value, mask = _masked(self, x, mask)
         initialised = self.has_variable("batch_stats", "mean")
         old = self._moments() if initialised else None
         if not (self.use_running_average or use_running_average):
@@ -52,7 +55,8 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
         bias = self.get_variable("params", "bias", 0.0)
         scale = self.get_variable("params", "scale", 1.0)
         channels = value.shape[self.axis]
-        return Signal(value, for_channels(normalized_state(scale, bias), channels))
+        state = for_channels(normalized_state(scale, bias), channels)
+        return Signal(value, state, x.valid)
 
     def _moments(self) -> KalmanState:
         """The running moments, as they are."""
@@ -88,8 +92,9 @@ class GroupNorm(Unfiltered, nn.GroupNorm):
         mask: jax.Array | None = None,
     ) -> Signal | jax.Array:
         """As `nn.GroupNorm.__call__`; a Signal gives a Signal."""
-        value = super().__call__(self._value(x, mask), mask=mask)
-        return Signal(value) if isinstance(x, Signal) else value
+        value, mask = _masked(self, x, mask, first=1)
+        value = super().__call__(value, mask=mask)
+        return Signal(value, valid=x.valid) if isinstance(x, Signal) else value
 
 
 class LayerNorm(GroupNorm):
@@ -149,9 +154,22 @@ class FrozenBatchNorm(BatchNorm):
         y = super().__call__(x, mask=mask)
         state = state_of(x, self.axis) if isinstance(x, Signal) else None
         if state is None:
-            return Signal(as_signal(y).value) if isinstance(x, Signal) else y
+            return as_signal(y).replace(state=None) if isinstance(x, Signal) else y
         mean, var = self._moments()
         slope = lax.rsqrt(var + self.epsilon)
         slope *= self.get_variable("params", "scale", 1.0)
         offset = self.get_variable("params", "bias", 0.0) - slope * mean
-        return Signal(as_signal(y).value, predict_affine(state, slope, offset))
+        return as_signal(y).replace(state=predict_affine(state, slope, offset))
+
+
+def _masked(
+    norm: Checked, x: Signal | jax.Array, mask: jax.Array | None, first: int = 0
+) -> tuple[jax.Array, jax.Array | None]:
+    """`Checked._masked`, for Flax: a mask of the value's shape, as `nn.GroupNorm` takes
+    no other; and where nothing counts over the axes from `first` on, which is NaN to
+    Flax, all of it does."""
+    value, mask = norm._masked(x, mask)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, value.shape)
+        mask = somewhere(mask, tuple(range(first, value.ndim)))
+    return value, mask

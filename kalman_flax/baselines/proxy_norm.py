@@ -67,7 +67,7 @@ class ProxyNorm(Unfiltered, Normalizer):
             use_running_average: as the attribute.
             mask: broadcastable to `x`; values where it is false do not count.
         """
-        value = self._value(x, mask)
+        value, mask = self._masked(x, mask)
         shape, zeros = value.shape[-1:], nn.initializers.zeros
         scale, bias = self._affine(value.shape[-1])
         proxy_scale = self.param("proxy_scale", zeros, shape, self.param_dtype)

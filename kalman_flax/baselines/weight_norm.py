@@ -90,7 +90,7 @@ class Bias(Unfiltered, nn.Module):
         self, x: Signal | jax.Array, use_running_average: bool | None = None
     ) -> Signal | jax.Array:
         """Adds the bias to ``[..., C]``; a Signal gives a Signal."""
-        channels = self._value(x).shape[-1]
+        channels = self._masked(x, None)[0].shape[-1]
         bias = self.param("bias", self.bias_init, (channels,), self.param_dtype)
 
         def move_value(value: jax.Array) -> jax.Array:

@@ -97,7 +97,8 @@ def _only_observe(
 ) -> Filtered:
     """In the place of the first step: the second one does all."""
     _refuse_training(module, use_running_average)
-    return Filtered(as_signal(x).value, None)
+    x = as_signal(x)
+    return Filtered(x.value, None, x.valid)
 
 
 def _infer(
@@ -110,7 +111,10 @@ def _infer(
 ) -> Signal | jax.Array:
     """In the place of the call: each example by statistics of its own."""
     _refuse_training(module, use_running_average)
-    value = x.value if isinstance(x, Signal | Filtered) else jnp.asarray(x)
+    ours = isinstance(x, Signal | Filtered)
+    value, valid = (x.value, x.valid) if ours else (jnp.asarray(x), None)
+    if valid is not None:
+        mask = valid if mask is None else mask & valid
     states = _weigh(module, weight, value, mask)
     variables = module.variables
     unbound = module.clone(use_running_average=True, name=None)
@@ -120,7 +124,7 @@ def _infer(
         return unbound.apply({**variables, "batch_stats": stats}, example[None])[0]
 
     value = jax.vmap(infer)(value, states)
-    return Signal(value) if isinstance(x, Signal | Filtered) else value
+    return Signal(value, valid=valid) if ours else value
 
 
 def _refuse_training(module: nn.Module, use_running_average: bool | None) -> None:

@@ -70,15 +70,36 @@ class Checked:
                 )
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _value(self, x: Signal | jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """The value of `x`, with 0 where a mask hides what is infinite or NaN.
-
-        That does not count, but 0 times it would be NaN in the gradients.
+    def _value(self, x: Signal | jax.Array) -> jax.Array:
+        """The value of `x`, all of which counts.
 
         Raises:
-            ValueError: it is complex, or has no such axis.
+            ValueError: it is complex, or has no such axis; not all of it is valid.
         """
-        value = jnp.asarray(as_signal(x).value)
+        if isinstance(x, Signal) and x.valid is not None:
+            raise ValueError(
+                f"{type(self).__name__} got a Signal that is valid in places, but"
+                " cannot leave the others out of what it observes; take a normaliser"
+                " whose call has a mask, or signal.replace(valid=None) where zeros may"
+                " count."
+            )
+        return self._masked(x, None)[0]
+
+    def _masked(
+        self, x: Signal | jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The value of `x` and what of it counts: where `mask` is true, and it is
+        valid.
+
+        Where a mask hides what is infinite or NaN, it is 0: that does not count, but 0
+        times it would be NaN in the gradients.
+
+        Raises:
+            ValueError: it is complex, or has no such axis; or not all is valid, but
+                the channels are not last.
+        """
+        signal = as_signal(x)
+        value = jnp.asarray(signal.value)
         owner, axis = type(self).__name__, getattr(self, "axis", -1)
         if jnp.iscomplexobj(value):
             raise ValueError(
@@ -90,10 +111,17 @@ class Checked:
                 f"{owner}.axis is {axis}, but the activation has shape {value.shape};"
                 " give the axis of its channels, usually -1."
             )
-        if mask is None:
-            return value
-        counts = jnp.broadcast_to(jnp.asarray(mask, bool), value.shape)
-        return jnp.where(counts | jnp.isfinite(value), value, 0)
+        if mask is not None:
+            mask = jnp.broadcast_to(jnp.asarray(mask, bool), value.shape)
+            value = jnp.where(mask | jnp.isfinite(value), value, 0)
+        if signal.valid is None:
+            return value, mask
+        if axis not in (-1, value.ndim - 1):
+            raise ValueError(
+                f"{owner}.axis is {axis}, but a Signal that is valid in places has its"
+                " channels last; leave axis out."
+            )
+        return value, signal.valid if mask is None else mask & signal.valid
 
     def _check_batch(self, value: jax.Array, *, alone: bool = True) -> None:
         """Looks whether a micro-batch can have statistics, as far as its shape tells.

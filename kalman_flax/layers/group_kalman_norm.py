@@ -103,13 +103,14 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         self, x: Signal | jax.Array, *, mask: jax.Array | None = None
     ) -> Filtered:
         """The first step: returns the value with its filtered moments, ``[N, C]``."""
-        value = self._value(x, mask)
+        valid, (value, mask) = as_signal(x).valid, self._masked(x, mask)
         parameters = self._variables(value.shape[self.axis])
         observed = observe(value, "instance", axis=self.axis, mask=mask)
         predicted = self._predicted(Signal(value, as_signal(x).state), observed)
         if predicted is None or self.gain == 1.0:
-            return Filtered(value, keep(observed))
-        return Filtered(value, keep(self._filtered(predicted, observed, parameters)))
+            return Filtered(value, keep(observed), valid)
+        filtered = self._filtered(predicted, observed, parameters)
+        return Filtered(value, keep(filtered), valid)
 
     def normalize(self, x: Filtered) -> Signal:
         """The second step: normalises what `filter` returned by its groups.
@@ -125,7 +126,7 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
             slope = scale * lax.rsqrt(group.var + self.epsilon)
             centred = KalmanState(moments.mean - group.mean, moments.var)
             state = predict_affine(centred, slope, bias)
-        return Signal(self._cast(x.value, y, scale, bias), state)
+        return Signal(self._cast(x.value, y, scale, bias), state, x.valid)
 
     def _predicted(self, x: Signal, observed: KalmanState) -> KalmanState | None:
         """What is known of `x`, ``[C]`` or ``[N, C]``, before it is observed."""

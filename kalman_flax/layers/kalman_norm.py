@@ -241,11 +241,11 @@ class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        value = self._value(x, mask)
+        valid, (value, mask) = as_signal(x).valid, self._masked(x, mask)
         parameters, running = self._variables(value)
         predicted = self._predicted(Signal(value, as_signal(x).state))
         if use_running_average:
-            return Filtered(value, running)
+            return Filtered(value, running, valid)
         if not isinstance(x, Signal):
             warn_of_plain_array(self)
         # Has XLA:CPU form the gradient of the input once, not for each of its readers.
@@ -282,7 +282,8 @@ class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
             learned = merged_corrections(learned) if size else learned
             self._put_correction(learned, correction)
         self._count_step()
-        return Filtered(value, of_examples(filtered, size) if size else filtered)
+        filtered = of_examples(filtered, size) if size else filtered
+        return Filtered(value, filtered, valid)
 
     def normalize(self, x: Filtered) -> Signal:
         """The second step: normalises what `filter` returned by its moments.
@@ -295,7 +296,7 @@ class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
         y = normalize(x.value, state, scale, bias, epsilon=self.epsilon, axis=self.axis)
         if self.propagate == "normalized":
             state = normalized_state(scale, bias)
-        return Signal(self._cast(x.value, y, scale, bias), state)
+        return Signal(self._cast(x.value, y, scale, bias), state, x.valid)
 
     def _predicted(self, x: Signal) -> KalmanState | None:
         """What is known of `x`, ``[C]``, before it is observed; ``[N, C]`` behind

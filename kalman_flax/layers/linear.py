@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kalman_flax._filter.convolution import predict_conv
-from kalman_flax._filter.geometry import transposed
+from kalman_flax._filter.geometry import slide, transposed
 from kalman_flax._filter.predict import predict_dense
 from kalman_flax._filter.sampling import sample_conv, sample_dense
 from kalman_flax._filter.state import KalmanState, check_choice, standard_deviation
 from kalman_flax.layers.signal import Signal, is_concrete, map_size, through
+from kalman_flax.layers.valid import slid
 
 TRANSITIONS = ("closed_form", "monte_carlo")
 RNG = "transition"  # the Flax RNG stream of the Monte Carlo transition
@@ -125,7 +126,18 @@ class Conv(Convolution, nn.Conv):
                 feature_group_count=self.feature_group_count,
             )
 
-        return through(inputs, super().__call__, predict)
+        def move_valid(valid: jax.Array) -> jax.Array:
+            axes = slide(
+                np.atleast_1d(self.kernel_size).tolist(),
+                size,
+                strides=self.strides,
+                padding=self.padding,
+                input_dilation=self.input_dilation,
+                kernel_dilation=self.kernel_dilation,
+            )
+            return slid(valid, axes, self.padding)
+
+        return through(inputs, super().__call__, predict, move_valid)
 
 
 class ConvTranspose(Convolution, nn.ConvTranspose):
@@ -151,19 +163,30 @@ class ConvTranspose(Convolution, nn.ConvTranspose):
             if not is_concrete(size):
                 return None
             kernel = self.used_kernel()
-            window = tuple(range(kernel.ndim - 2))
             if self.transpose_kernel:
+                window = tuple(range(kernel.ndim - 2))
                 kernel = jnp.flip(kernel, window).swapaxes(-1, -2)
-            size_between, geometry = transposed(
-                [kernel.shape[axis] for axis in window],
-                size,
-                strides=self.strides,
-                padding=self.padding,
-                kernel_dilation=self.kernel_dilation,
-            )
+            size_between, geometry = self._as_conv(size)
             return self._predict(state, kernel, size_between, **geometry)
 
-        return through(inputs, super().__call__, predict)
+        def move_valid(valid: jax.Array) -> jax.Array:
+            size_between, geometry = self._as_conv(size)
+            axes = slide(
+                np.atleast_1d(self.kernel_size).tolist(), size_between, **geometry
+            )
+            return slid(valid, axes, self.padding)
+
+        return through(inputs, super().__call__, predict, move_valid)
+
+    def _as_conv(self, size: Sequence[int]) -> tuple[list[int], dict[str, Sequence]]:
+        """It as a convolution, see `transposed`."""
+        return transposed(
+            np.atleast_1d(self.kernel_size).tolist(),
+            size,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+        )
 
     def map_kernel(self, kernel: jax.Array) -> jax.Array:
         """The same, of kernels that may be ``[..., *window, D, C]``."""

@@ -30,15 +30,17 @@ class Filtered:
         moments: of the value, by which it is to be normalised, ``[C]``, or ``[N, C]``
             of each example; of a normaliser that does all in its second step, what it
             was told of them, or None.
+        valid: as of a Signal.
     """
 
     value: jax.Array
     moments: KalmanState | None
+    valid: jax.Array | None = None
 
     @property
     def signal(self) -> Signal:
         """The value as it is, for the shortcut of a pre-activation network."""
-        return Signal(self.value, self.moments)
+        return Signal(self.value, self.moments, self.valid)
 
 
 class Affine(Checked):
@@ -71,7 +73,7 @@ class Affine(Checked):
     ) -> Signal | jax.Array:
         """`y` in its dtype, see `_cast`; for a Signal a Signal, with `state`."""
         y = self._cast(as_signal(x).value, y, *parameters)
-        return Signal(y, state) if isinstance(x, Signal) else y
+        return Signal(y, state, x.valid) if isinstance(x, Signal) else y
 
     def _cast(
         self, value: jax.Array, y: jax.Array, *parameters: jax.Array | float
@@ -111,13 +113,13 @@ class Running(Checked):
         Args:
             value: ``[N, ..., C]``.
             axis, mask: as in `observe`.
-            guess: as in `observe_about`; not used with a mask or a shared axis.
+            guess: as in `observe_about`; not used with a shared axis.
             alone: nothing else is normalised by, see `_check_batch`.
         """
         self._check_batch(value, alone=alone)
         axis_name = None if self.is_initializing() else self.axis_name
-        if guess is not None and mask is None and axis_name is None:
-            return observe_about(value, guess, axis)
+        if guess is not None and axis_name is None:
+            return observe_about(value, guess, axis, mask)
         return observe(
             value,
             axis=axis,
@@ -166,7 +168,7 @@ class Unfiltered(Checked):
     def filter(self, x: Signal | jax.Array) -> Filtered:
         """Returns `x` as it is."""
         x = as_signal(x)
-        return Filtered(x.value, x.state)
+        return Filtered(x.value, x.state, x.valid)
 
     def normalize(self, x: Filtered) -> Signal:
         """Observes and normalises, all in the second step.

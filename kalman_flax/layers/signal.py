@@ -18,6 +18,8 @@ from kalman_flax._filter.predict import (
     predict_sum,
 )
 from kalman_flax._filter.state import KalmanState, for_channels
+from kalman_flax.layers import valid as validity
+from kalman_flax.layers.channels import per_channel, picked_channels
 
 _WHAT_IT_IS = (
     "an activation with its Kalman state, not an array. Layers that move both have"
@@ -26,7 +28,7 @@ _WHAT_IT_IS = (
     " where the filter is to end, take the array: signal.value"
 )
 
-_FIELDS = ("value", "state")
+_FIELDS = ("value", "state", "valid")
 
 
 class _SaysWhatItIs(type):
@@ -56,19 +58,33 @@ class Signal(metaclass=_SaysWhatItIs):
         state: the moments of `value`, float32 ``[..., C]``; floats are filled up to
             that shape. None where nothing is known, so that the next normaliser relies
             on what it observes alone.
+        valid: where the value counts, bool ``[..., *map, 1]``, for images of several
+            sizes on one canvas, or slots that are not all filled; None: everywhere.
+            Elsewhere the value is set to 0, whatever it was, and its gradient is 0.
+            Statistics leave it out, convolutions see zeros as around a map, and so the
+            valid part is what the map without the canvas gives. (But the share of the
+            border by which `Conv` predicts is that of the canvas, off by O(1 / H) of
+            the mean.) What cannot move it along raises an error.
 
     Raises:
-        ValueError: a state that is neither a `KalmanState` nor None.
+        ValueError: a state that is neither a `KalmanState` nor None; a `valid` of
+            another shape or dtype.
     """
 
     value: jax.Array
     state: KalmanState | None = None
+    valid: jax.Array | None = None
 
     __array_ufunc__ = None  # so that `array + signal` of NumPy comes to __radd__
     __iter__ = None  # it is no sequence, though it has __getitem__
 
     def __post_init__(self):
         shape = getattr(self.value, "shape", ())
+        if self.valid is not None and shape:
+            valid = validity.fit(self.valid, shape)
+            value = jnp.where(valid, self.value, jnp.zeros((), self.dtype))
+            object.__setattr__(self, "valid", valid)
+            object.__setattr__(self, "value", value)
         if self.state is None or not shape:
             return
         if not isinstance(self.state, tuple) or not hasattr(self.state, "var"):
@@ -86,7 +102,7 @@ class Signal(metaclass=_SaysWhatItIs):
         object.__setattr__(self, "state", self.state._replace(mean=mean, var=var))
 
     def replace(self, **changes: Any) -> Signal:
-        """Returns a Signal with another value or state."""
+        """Returns a Signal with another value, state or `valid`."""
         return dataclasses.replace(self, **changes)
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -115,17 +131,26 @@ class Signal(metaclass=_SaysWhatItIs):
     def astype(self, dtype: Any) -> Signal:
         """The value in another dtype; the state is that of real numbers."""
         real = jnp.issubdtype(dtype, jnp.floating)
-        return Signal(self.value.astype(dtype), self.state if real else None)
+        state = self.state if real else None
+        return Signal(self.value.astype(dtype), state, self.valid)
 
     def mean(self, axis: Any = None, *, keepdims: bool = False) -> Signal:
-        """`jnp.mean` of the value; ends the filter, see `global_avg_pool`."""
-        return Signal(jnp.mean(self.value, axis, keepdims=keepdims))
+        """`jnp.mean` of what is valid; ends the filter, see `global_avg_pool`, and
+        `valid`."""
+        return Signal(validity.mean(self.value, self.valid, axis, keepdims=keepdims))
 
     def reshape(self, *shape: Any) -> Signal:
         """The value in another shape. A last axis of whole positions, as of ``(N, -1)``
-        before a dense layer, repeats the state for each."""
-        value = self.value.reshape(*shape)
-        return Signal(value, self._reshaped_state(value.shape))
+        before a dense layer, repeats the state for each.
+
+        Raises:
+            ValueError: the last axis is another, and not all positions are valid.
+        """
+        value, valid = self.value.reshape(*shape), self.valid
+        if valid is not None:
+            _check_channels(value.shape[-1:] == self.shape[-1:], f"reshape{shape}")
+            valid = valid.reshape(*value.shape[:-1], 1)
+        return Signal(value, self._reshaped_state(value.shape), valid)
 
     def _reshaped_state(self, shape: tuple[int, ...]) -> KalmanState | None:
         if self.state is None or not shape or shape[-1] % self.shape[-1]:
@@ -138,10 +163,15 @@ class Signal(metaclass=_SaysWhatItIs):
 
     def __getitem__(self, index: Any) -> Signal:
         parts = index if isinstance(index, tuple) else (index,)
-        return Signal(self.value[index], self._indexed_state(parts))
+        value, valid = self.value[index], self.valid
+        if valid is not None:
+            kept = picked_channels(parts, self.ndim) is not None
+            _check_channels(kept, f"the index {index}")
+            valid = jnp.broadcast_to(valid, self.shape)[index][..., :1]
+        return Signal(value, self._indexed_state(parts), valid)
 
     def _indexed_state(self, parts: tuple) -> KalmanState | None:
-        channels = _picked_channels(parts, self.ndim)
+        channels = picked_channels(parts, self.ndim)
         if self.state is None or channels is None:
             return None
         of_examples = self.state.mean.ndim > 1
@@ -186,7 +216,13 @@ class Signal(metaclass=_SaysWhatItIs):
         )
 
     def __rtruediv__(self, other: Any) -> Signal:
-        return Signal(other / self.value)
+        return Signal(other / self.filled(1), valid=self.valid)
+
+    def filled(self, fill: float) -> jax.Array:
+        """Returns the value, with `fill` in the place of 0 where it is not valid."""
+        if self.valid is None:
+            return self.value
+        return jnp.where(self.valid, self.value, jnp.asarray(fill, self.dtype))
 
     def _combine(
         self,
@@ -198,20 +234,21 @@ class Signal(metaclass=_SaysWhatItIs):
         """``operate(self, other)``, by one rule for Signals, another for constants."""
         if not isinstance(other, Signal):
             value, state = operate(self.value, other), None
-            constant = _per_channel(other, self.shape)
+            constant = per_channel(other, self.shape)
             if self.state is not None and constant is not None:
                 state = of_constant(for_channels(self.state, self.shape[-1]), constant)
-            return Signal(value, state)
-        value = operate(self.value, other.value)
+            return Signal(value, state, self.valid)
+        # Not 0, by which it might divide.
+        value = operate(self.value, other.filled(1))
+        result = Signal(value, valid=validity.both(self.valid, other.valid))
         if self.state is None or other.state is None:
-            return Signal(value)
+            return result
         mine = for_channels(self.state, self.shape[-1])
         if other is self:
             of_one = lambda x: operate(x, x)  # noqa: E731
-            return Signal(value, predict_pointwise(mine, of_one))
-        return Signal(
-            value, of_signals(mine, for_channels(other.state, other.shape[-1]))
-        )
+            return result.replace(state=predict_pointwise(mine, of_one))
+        yours = for_channels(other.state, other.shape[-1])
+        return result.replace(state=of_signals(mine, yours))
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -224,46 +261,22 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _unflattened(value: Any, state: Any) -> Signal:
+def _unflattened(*children: Any) -> Signal:
     """A Signal of whatever JAX puts in the place of arrays, as it is."""
     signal = object.__new__(Signal)
-    object.__setattr__(signal, "value", value)
-    object.__setattr__(signal, "state", state)
+    for name, child in zip(_FIELDS, children):
+        object.__setattr__(signal, name, child)
     return signal
 
 
-def _picked_channels(parts: tuple, ndim: int) -> slice | None:
-    """Which channels an index picks; None where the last axis is no longer theirs."""
-
-    def is_plain(part: Any) -> bool:
-        dtype = getattr(part, "dtype", None)
-        return (
-            part is None
-            or isinstance(part, (int, slice, type(Ellipsis)))
-            or (dtype is not None and jnp.issubdtype(dtype, jnp.integer))
+def _check_channels(kept: bool, what: str) -> None:
+    """Refuses what lets the last axis be another than that of the channels."""
+    if not kept:
+        raise ValueError(
+            f"{what} mixes channels with positions, not all of which are valid; take"
+            " the mean of the valid ones first, or signal.replace(valid=None) where"
+            " zeros may count."
         )
-
-    if not all(map(is_plain, parts)):
-        return None
-    last = parts[-1] if parts else Ellipsis
-    dots = any(part is Ellipsis for part in parts)
-    named = sum(part is not None and part is not Ellipsis for part in parts)
-    if last is Ellipsis or (not dots and named < ndim):
-        return slice(None)
-    return last if isinstance(last, slice) else None
-
-
-def _per_channel(constant: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns `constant` as a number or ``[C]``; None where it differs by position, or
-    has the value's own shape, as another activation would."""
-    of_constant = jnp.shape(constant)
-    if of_constant == ():
-        return constant
-    *positions, channels = of_constant
-    alone = len(of_constant) > 1 and of_constant == shape
-    if alone or channels not in (1, shape[-1]) or any(n != 1 for n in positions):
-        return None
-    return jnp.reshape(constant, (channels,))
 
 
 #: the type of an input that is the type of the output, too
@@ -292,8 +305,10 @@ def through(
     x: SignalOrArray,
     move_value: Callable[[jax.Array], jax.Array],
     predict: Callable[[KalmanState], KalmanState | None],
+    move_valid: Callable[[jax.Array], jax.Array] = lambda valid: valid,
 ) -> SignalOrArray:
-    """Moves the value by `move_value` and, where it is known, the state by `predict`.
+    """Moves the value by `move_value` and, where they are known, the state by `predict`
+    and what is valid by `move_valid`.
 
     The contract of every predicting layer: a Signal gives a Signal, a plain array a
     plain array, and an unknown state stays unknown. `predict` gives None where it has
@@ -304,7 +319,8 @@ def through(
     state = state_of(x)
     value = move_value(x.value)  # first: it makes the parameters that predict reads
     moved = None if state is None else predict(state)
-    return Signal(value, moved)  # pyright: ignore[reportReturnType]  # as x is
+    valid = None if x.valid is None else move_valid(x.valid)
+    return Signal(value, moved, valid)  # pyright: ignore[reportReturnType]  # as x is
 
 
 def map_size(x: Signal | jax.Array, window: int | Sequence[int]) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ class Network(nn.Module, kw_only=True):
             images = Signal(images, self.input_state)
         x = self._features(images, Layers(norm, conv, self.activation))
         head = Dense(self.num_classes, name="head")
-        return as_signal(head(global_avg_pool(x))).value.astype(jnp.float32)
+        return as_signal(head(self._pooled(x))).value.astype(jnp.float32)
 
     def _block(self, block: type[nn.Module]) -> type[nn.Module]:
         """The class to make a network's blocks of."""
@@ -114,3 +114,7 @@ class Network(nn.Module, kw_only=True):
     def _features(self, x: Signal, layers: Layers) -> Signal:
         """Maps the images to the last maps, ``[N, H, W, C]``."""
         raise NotImplementedError
+
+    def _pooled(self, x: Signal) -> Signal:
+        """Maps those to what logits are of: to ``[N, C]``, one of each image."""
+        return global_avg_pool(x)

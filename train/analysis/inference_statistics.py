@@ -59,17 +59,17 @@ def recompute(
     task, mesh = experiment.task, experiment.mesh
     replicas = replicas_of(config, mesh)
 
-    def on_device(state: TrainState, images: jax.Array, draws: Draws) -> Any:
-        _, written = task.replicas(task.network, state.variables, images, *draws)
+    def on_device(state: TrainState, batch: Any, draws: Draws) -> Any:
+        _, written = task.loss(task.network, state.variables, batch, *draws)
         return written["batch_stats"]
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def write(state: TrainState, images: jax.Array, step: jax.Array) -> Any:
+    def write(state: TrainState, batch: Any, step: jax.Array) -> Any:
         draws = draw(task, experiment.key, step, replicas)
-        return over_devices(on_device, mesh, out=SPLIT)(state, images, draws)
+        return over_devices(on_device, mesh, out=SPLIT)(state, batch, draws)
 
     stats = precise_statistics(
-        lambda step: write(state, experiment.batch(step).images, step),
+        lambda step: write(state, experiment.batch(step), step),
         state.batch_stats,
         range(batches),
         momentum=config.stats_momentum,

@@ -6,8 +6,9 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import PIL
@@ -25,21 +26,53 @@ PIECE = 64
 THREADS = min(32, 4 * (os.cpu_count() or 1))
 
 
+class Group(NamedTuple):
+    """Files to be looked at together.
+
+    Attributes:
+        name: of the group.
+        root: the folder that paths begin in.
+        found: the files.
+    """
+
+    name: str
+    root: pathlib.Path
+    found: Sequence[Found]
+
+
 def check_images(
     dataset: Dataset, checked: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Opens all image files of both splits; reads headers and ends, but few pixels.
+    """Opens all image files of both splits, by split and class; see `check_files`.
 
-    Shows a progress bar when it takes longer than a second. Sets that are no folders of
-    images have nothing to look at.
+    Sets that are no folders of images have nothing to look at.
+    """
+    groups, max_pixels = [], 0
+    for split in (dataset.train, dataset.test):
+        if isinstance(split, Encoded) and isinstance(split.source, Files):
+            root, max_pixels = split.source.root, split.max_pixels
+            groups += [
+                Group(f"{root.name}/{dataset.classes[label]}", root, found)
+                for label, found in _by_label(split.source)
+            ]
+    return check_files(groups, max_pixels, checked)
+
+
+def check_files(
+    groups: Iterable[Group], max_pixels: int, checked: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Opens all image files; reads headers and ends, but few pixels.
+
+    Shows a progress bar when it takes longer than a second.
 
     Args:
-        dataset: of `load_dataset`.
-        checked: what an earlier call returned: classes whose files have not changed
+        groups: the files.
+        max_pixels: of an image, at most.
+        checked: what an earlier call returned: groups whose files have not changed
             since are left out.
 
     Returns:
-        By split and class a hash of the paths, sizes and times of change of its files.
+        By group a hash of the paths, sizes and times of change of its files.
 
     Raises:
         ValueError: files that are no images, cut short, too large, or of a kind whose
@@ -48,16 +81,12 @@ def check_images(
     """
     digests: dict[str, str] = {}
     unknown: list[pathlib.Path] = []
-    for split in (dataset.train, dataset.test):
-        if not (isinstance(split, Encoded) and isinstance(split.source, Files)):
-            continue
-        for label, found in _by_label(split.source):
-            place = f"{split.source.root.name}/{dataset.classes[label]}"
-            digests[place] = _digest(found, split.max_pixels)
-            if (checked or {}).get(place) != digests[place]:
-                unknown += [split.source.root / file.path for file in found]
+    for name, root, found in groups:
+        digests[name] = _digest(found, max_pixels)
+        if (checked or {}).get(name) != digests[name]:
+            unknown += [root / file.path for file in found]
     if unknown:
-        _check(unknown, split.max_pixels)
+        _check(unknown, max_pixels)
     return digests
 
 

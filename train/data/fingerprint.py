@@ -45,6 +45,8 @@ def fingerprint(
 
 
 def _describe(split: Split | Encoded, num_classes: int) -> dict[str, Any]:
+    if describe := getattr(split, "describe", None):
+        return describe()
     described = {
         "images": split.examples,
         "shape": list(split.image_shape),

@@ -293,9 +293,14 @@ def score(
     return result
 
 
-def make_network(config: Any, num_classes: int) -> nn.Module:
-    """Builds the network that `config` names, with the normaliser that it names."""
-    network, size = NETWORKS[config.network], {}
+def make_network(
+    config: Any,
+    num_classes: int,
+    known: Mapping[str, Callable[..., nn.Module]] = NETWORKS,
+) -> nn.Module:
+    """Builds the network of `known` that `config` names, with the normaliser that it
+    names."""
+    network, size = known[config.network], {}
     if config.width:
         if not hasattr(getattr(network, "func", network), "width"):
             raise ValueError(

@@ -12,10 +12,14 @@ from train.engine.normalizer import make_normalization
 from train.engine.optimizer import check_optimizer
 from train.engine.profile import check_steps
 from train.engine.schedule import check_schedule
+from train.engine.segmentation import Segmentation
 from train.engine.task import Task
 
 #: those of the engine; plugins may have others
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+}
 
 
 def check(config: Any) -> int:

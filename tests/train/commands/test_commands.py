@@ -32,6 +32,7 @@ STUDIES = (
     "single_device",
     "learning_rates",
     "robustness",
+    "segmentation",
 )
 TINY = (
     "--config=configs/experiments/digits.py",
