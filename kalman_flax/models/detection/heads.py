@@ -51,6 +51,9 @@ class BoxHead(nn.Module):
 class MaskHead(nn.Module):
     """2x2 transposed convolution of stride 2 and rectifier; a mask for each class.
 
+    The last layer starts near 0, as in detectron2. tensorpack's starts with a variance
+    of 2 / num_classes, which few classes make large.
+
     Attributes:
         num_classes: without background.
         channels: between the two.
@@ -76,7 +79,7 @@ class MaskHead(nn.Module):
             self.num_classes,
             (1, 1),
             dtype=self.dtype,
-            kernel_init=he_normal,
+            kernel_init=nn.initializers.normal(0.001),
             name="masks",
         )
         return masks(nn.relu(upsample(x))).astype(jnp.float32)
