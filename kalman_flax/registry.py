@@ -47,6 +47,7 @@ from kalman_flax.layers.presets import (
 )
 from kalman_flax.layers.signal import Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet
+from kalman_flax.models.detection.mask_rcnn import MaskRCNN
 from kalman_flax.models.inception import InceptionV2, SmallInception
 from kalman_flax.models.network import Network
 from kalman_flax.models.nf_resnet import NFResNet
@@ -138,6 +139,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet101": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 23, 3)),
     "inception_v2": InceptionV2,
 }
+
+#: The same, of networks that find objects, see `MaskRCNN`.
+DETECTORS: dict[str, Callable[..., MaskRCNN]] = {"mask_rcnn_c4": MaskRCNN}
 
 #: Ends of names, and the kernels that they stand for.
 KERNEL_MAPS = {"_ws": standardize_kernel, "_wc": centre_kernel}
