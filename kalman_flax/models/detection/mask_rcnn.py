@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from kalman_flax._filter.observe import observe
-from kalman_flax._filter.state import check_choice
+from kalman_flax._filter.state import KalmanState, check_choice
 from kalman_flax.layers.functions import global_avg_pool
 from kalman_flax.layers.signal import Signal, as_signal
 from kalman_flax.models.bottleneck_resnet import Bottleneck, stage, stem
@@ -198,19 +198,19 @@ class MaskRCNN(Normalized):
         layers = self._layers(use_running_average)
         maps = self._maps(inputs["image"], layers)
         describe, outline = self._looks(maps, size, layers)
-        per_cell = len(recipe.anchor_sizes) * len(recipe.anchor_ratios)
+        per_cell = len(self._anchor_sizes[0]) * len(recipe.anchor_ratios)
         rpn = RPNHead(recipe.rpn_channels, per_cell, self.dtype, name="rpn")
         objectness, deltas = rpn([x.value for x in maps])
-        shape, stride = maps[0].shape[1:3], self.stride
-        anchors = make_anchors(
-            shape, stride, recipe.anchor_sizes, recipe.anchor_ratios
-        ).reshape(-1, 4)
-        valid = jnp.repeat(
-            valid_cells(size, shape, stride).reshape(len(size), -1), per_cell, axis=1
-        )
+        anchors, valid = [], []
+        for x, stride, sizes in zip(maps, self.strides, self._anchor_sizes):
+            shape = x.shape[1:3]
+            of_map = make_anchors(shape, stride, sizes, recipe.anchor_ratios)
+            cells = valid_cells(size, shape, stride).reshape(len(size), -1)
+            anchors.append(of_map.reshape(-1, 4))
+            valid.append(jnp.repeat(cells, of_map.shape[2], axis=1))
         return Parts(
-            [anchors],
-            [valid],
+            anchors,
+            valid,
             objectness,
             deltas,
             describe,
@@ -222,9 +222,14 @@ class MaskRCNN(Normalized):
         )
 
     @property
-    def stride(self) -> int:
-        """Pixels of the canvas for each cell of the map."""
-        return (4 if self.stem_pool else 2) * 4
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the canvas for each cell of a map."""
+        return (16 if self.stem_pool else 8,)
+
+    @property
+    def _anchor_sizes(self) -> list[tuple[float, ...]]:
+        """Those of each map."""
+        return [self.recipe.anchor_sizes]
 
     def _propose(
         self, parts: Parts, size: jax.Array, candidates: int, count: int
@@ -261,9 +266,13 @@ class MaskRCNN(Normalized):
         )
 
     def _maps(self, images: jax.Array, layers: Layers) -> list[Signal]:
-        """The map of stage 3."""
-        x = Signal(images, self.input_state)
-        for number in range(4):
+        """What the region proposal network looks at: the map of stage 3."""
+        return self._stages(images, layers, 3)[-1:]
+
+    def _stages(self, images: jax.Array, layers: Layers, last: int) -> list[Signal]:
+        """The maps of the stages up to the `last`."""
+        x, maps = Signal(images, self.input_state), []
+        for number in range(last + 1):
             frozen = number < self.freeze_at
             of = self._layers(use_running_average=True) if frozen else layers
             if number == 0:
@@ -274,7 +283,8 @@ class MaskRCNN(Normalized):
             if number == self.freeze_at - 1:
                 value = lax.stop_gradient(x.value)
                 x = x.replace(value=value, state=observe(value))
-        return [x]
+            maps.append(x)
+        return maps[1:]
 
     def _looks(
         self, maps: list[Signal], size: jax.Array, layers: Layers
@@ -304,17 +314,19 @@ class MaskRCNN(Normalized):
         self, x: Signal, size: jax.Array, boxes: jax.Array, used: jax.Array
     ) -> Signal:
         """Crops of the map, ``[N R, roi_size, roi_size, C]``."""
-        cells = -(-size // self.stride)
-        align = functools.partial(
-            roi_align, stride=self.stride, output=self.recipe.roi_size
-        )
-        crops = jax.vmap(align)(x.value, boxes, cells)
+        (stride,) = self.strides
+        align = functools.partial(roi_align, stride=stride, output=self.recipe.roi_size)
+        crops = jax.vmap(align)(x.value, boxes, -(-size // stride))
+        return self._signal_of(crops, used, x.state)
+
+    def _signal_of(
+        self, crops: jax.Array, used: jax.Array, state: KalmanState | None
+    ) -> Signal:
+        """Crops ``[N, R, h, w, C]`` of maps of that state, one after the other."""
         crops = crops.reshape(-1, *crops.shape[2:])
-        mask = used.reshape(-1, 1, 1, 1)
-        state = x.state if self.roi_state == "carry" else None
         if self.roi_state == "observe":
-            state = observe(crops, mask=mask)
-        return Signal(crops, state)
+            state = observe(crops, mask=used.reshape(-1, 1, 1, 1))
+        return Signal(crops, state if self.roi_state != "none" else None)
 
 
 def valid_cells(size: jax.Array, map_size: Sequence[int], stride: int) -> jax.Array:

@@ -108,6 +108,19 @@ class Recipe:
     detections: int = 100
 
     @classmethod
+    def fpn(cls) -> Recipe:
+        """For `MaskRCNNFPN`: what Detectron and tensorpack have otherwise there, one
+        size of anchors for each map, and 512 regions."""
+        return cls(
+            rpn_channels=256,
+            candidates_training=2000,
+            candidates=1000,
+            roi_samples=512,
+            roi_positives=128,
+            roi_size=7,
+        )
+
+    @classmethod
     def small(cls) -> Recipe:
         """For scenes of 64x64 with objects of 12 to 28 pixels, at a stride of 8."""
         return cls(

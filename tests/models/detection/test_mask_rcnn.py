@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import kalman_flax as kf
-from kalman_flax.models.detection import Detections, MaskRCNN, Recipe, Targets
-from tests.reference.slow import few_quick
+from kalman_flax.models.detection import (
+    Detections,
+    MaskRCNN,
+    MaskRCNNFPN,
+    Recipe,
+    Targets,
+)
 
 KEY = jax.random.key(0)
 TINY = dataclasses.replace(
@@ -32,9 +37,20 @@ TINY = dataclasses.replace(
 SMALL = {"stage_sizes": (1, 1, 1, 1), "width": 8, "stem_pool": False}
 
 
-def build(name, recipe=TINY, normalizer=None, **options):
+#: what the pyramid is told besides
+PYRAMID = {
+    "recipe": dataclasses.replace(TINY, anchor_sizes=(8, 16, 28, 40, 60), roi_size=4),
+    "pyramid_channels": 8,
+    "hidden": 16,
+    "mask_roi_size": 6,
+    "canonical_size": 28,
+}
+
+
+def build(name, pyramid=False, normalizer=None, **options):
+    kind, more = (MaskRCNNFPN, PYRAMID) if pyramid else (MaskRCNN, {"recipe": TINY})
     normalization = kf.normalization(name, **(normalizer or {}))
-    return MaskRCNN(3, recipe, **SMALL, **normalization._asdict(), **options)
+    return kind(3, **SMALL, **more, **normalization._asdict(), **options)
 
 
 def scene():
@@ -96,9 +112,17 @@ def test_the_recipe_is_that_of_resnet50_and_its_checkpoints_fit():
     assert params["mask_head"]["upsample"]["kernel"] == (2, 2, 2048, 256)
 
 
-@pytest.mark.parametrize("name", few_quick(["batch", "kalman", "group"], ["batch"]))
-def test_ten_steps_learn_and_leave_alone_what_is_frozen(name):
-    net = build(name, freeze_at=2)
+@pytest.mark.parametrize(
+    "name, pyramid",
+    [
+        ("batch", False),
+        pytest.param("kalman", False, marks=pytest.mark.slow),
+        pytest.param("group", False, marks=pytest.mark.slow),
+        pytest.param("kalman", True, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
+    net = build(name, pyramid, freeze_at=2)
     variables = initialised(net)
     params, stats = variables["params"], variables.get("batch_stats", {})
 
@@ -126,8 +150,23 @@ def test_ten_steps_learn_and_leave_alone_what_is_frozen(name):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient[block]))
         old = variables.get("batch_stats", {}).get(block, {})
         assert jax.tree.all(jax.tree.map(np.array_equal, stats.get(block, {}), old))
-    for block in params.keys() - {"stem", "stem_norm", "stage1_block1"}:
+    # Of the coarsest map few anchors lie in the image, and none may be drawn.
+    frozen_or_idle = {"stem", "stem_norm", "stage1_block1", "output4", "output4_norm"}
+    for block in params.keys() - frozen_or_idle:
         assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient[block])), block
+
+
+def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
+    net = build("batch", pyramid=True)
+    found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, INPUTS, True))
+    assert found.masks.shape == (1, 6, 12, 12)
+    stats = variables["batch_stats"]
+    for number in (1, 2, 3, 4):
+        assert {f"lateral{number}_norm", f"output{number}_norm"} <= stats.keys()
+        for head in ("box_convolutions", "mask_convolutions"):
+            assert f"conv{number}_norm" in stats[head]
+    assert variables["params"]["rpn"]["objectness"]["kernel"].shape[-1] == 3
+    assert variables["params"]["box_head"]["classes"]["kernel"].shape == (16, 4)
 
 
 @pytest.mark.slow
