@@ -47,6 +47,8 @@ from kalman_flax.layers.presets import (
 )
 from kalman_flax.layers.signal import Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet
+from kalman_flax.models.detection.fpn import MaskRCNNFPN
+from kalman_flax.models.detection.mask_rcnn import MaskRCNN
 from kalman_flax.models.inception import InceptionV2, SmallInception
 from kalman_flax.models.network import Network
 from kalman_flax.models.nf_resnet import NFResNet
@@ -144,6 +146,12 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 SEGMENTERS: dict[str, Callable[..., Network]] = {
     "unet": UNet,
     "unet_small": functools.partial(UNet, width=16, depth=2),  # for small images
+}
+
+#: The same, of networks that find objects, see `MaskRCNN`.
+DETECTORS: dict[str, Callable[..., MaskRCNN]] = {
+    "mask_rcnn_c4": MaskRCNN,
+    "mask_rcnn_fpn": MaskRCNNFPN,
 }
 
 #: Ends of names, and the kernels that they stand for.

@@ -1,5 +1,6 @@
 """The networks, written once for every normaliser."""
 
+from kalman_flax.models import detection as detection
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet as BottleneckResNet
 from kalman_flax.models.inception import InceptionV2 as InceptionV2
 from kalman_flax.models.inception import SmallInception as SmallInception

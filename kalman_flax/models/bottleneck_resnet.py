@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +52,47 @@ class Bottleneck(nn.Module):
         )
 
 
+def stem(x: Signal, width: int, layers: Layers, *, pool: bool = True) -> Signal:
+    """7x7 convolution of stride 2, norm and activation, and 3x3 max-pooling of stride
+    2: ``[N, H, W, C]`` to ``[N, H / 4, W / 4, width]``, or half of H and W without the
+    pool."""
+    x = layers.conv_norm_activation(x, width, 7, strides=2, name="stem")
+    if not pool:
+        return x
+    return max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def stage(
+    number: int,
+    count: int,
+    width: int,
+    layers: Layers,
+    *,
+    block: Callable[..., nn.Module] = Bottleneck,
+    **options: Any,
+) -> list[Callable[[Signal], Signal]]:
+    """Makes the blocks of a stage, ``stage{number}_block1`` and so on, to be called one
+    after the other; within a compact method. A detector calls the last stage on crops.
+
+    Args:
+        number: 1 for the first; the others halve the map.
+        count: of blocks.
+        width: inner channels of the first stage's blocks, doubled stage by stage.
+        layers: norm, convolution and activation.
+        block, **options: class of the blocks, and attributes of them.
+    """
+    return [
+        block(
+            width * 2 ** (number - 1),
+            layers,
+            strides=2 if number > 1 and index == 1 else 1,
+            name=f"stage{number}_block{index}",
+            **options,
+        )
+        for index in range(1, count + 1)
+    ]
+
+
 class BottleneckResNet(Network):
     """The ResNet of He et al. (2016, "Deep Residual Learning for Image Recognition",
     table 1) for 224x224 images: 7x7 stem and max-pooling, both of stride 2, stages of
@@ -74,6 +115,7 @@ class BottleneckResNet(Network):
         zero_init_last_scale: each block's last scale starts at 0 (Goyal et al., 2017,
             section 5.1), so that the block starts as its shortcut. The normaliser has
             to have a scale.
+        stem_pool: False leaves the max-pooling out, for small images.
     """
 
     num_classes: int
@@ -81,19 +123,19 @@ class BottleneckResNet(Network):
     width: int = 64
     stride_in_1x1: bool = False
     zero_init_last_scale: bool = False
+    stem_pool: bool = True
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
-        x = layers.conv_norm_activation(x, self.width, 7, strides=2, name="stem")
-        x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        bottleneck = self._block(Bottleneck)
-        for stage, blocks in enumerate(self.stage_sizes, start=1):
-            for block in range(1, blocks + 1):
-                x = bottleneck(
-                    self.width * 2 ** (stage - 1),
-                    layers,
-                    strides=2 if stage > 1 and block == 1 else 1,
-                    stride_in_1x1=self.stride_in_1x1,
-                    zero_init_last_scale=self.zero_init_last_scale,
-                    name=f"stage{stage}_block{block}",
-                )(x)
+        x = stem(x, self.width, layers, pool=self.stem_pool)
+        for number, count in enumerate(self.stage_sizes, start=1):
+            for block in stage(
+                number,
+                count,
+                self.width,
+                layers,
+                block=self._block(Bottleneck),
+                stride_in_1x1=self.stride_in_1x1,
+                zero_init_last_scale=self.zero_init_last_scale,
+            ):
+                x = block(x)
         return x

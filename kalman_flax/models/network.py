@@ -17,7 +17,8 @@ from kalman_flax.layers.linear import Conv, Dense
 from kalman_flax.layers.remat import remat
 from kalman_flax.layers.signal import Signal, as_signal
 
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+#: of kernels before a rectifier (He et al., 2015)
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Layers(NamedTuple):
@@ -62,8 +63,8 @@ class Layers(NamedTuple):
         return self.activation(self.conv_norm(x, *args, **kwargs))
 
 
-class Network(nn.Module, kw_only=True):
-    """Base of all networks: maps images to logits, with any normaliser.
+class Normalized(nn.Module, kw_only=True):
+    """Base of all networks: what they are told of their normaliser.
 
     Attributes:
         norm: factory of the normaliser, e.g. ``functools.partial(KalmanNorm,
@@ -73,7 +74,8 @@ class Network(nn.Module, kw_only=True):
             array: (0, 1) for standardised ones, None for nothing.
         activation: what follows each norm; the identity for a norm with a nonlinearity
             of its own.
-        dtype: of the computation; parameters, statistics and logits stay float32.
+        dtype: of the computation; parameters, statistics and what comes out stay
+            float32.
         remat: compute norms and activations again in the backward pass, block by block,
             in place of keeping them; see `kalman_flax.remat`.
     """
@@ -85,6 +87,25 @@ class Network(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     remat: bool = False
 
+    def _layers(self, use_running_average: bool) -> Layers:
+        """What to build of, to train or to infer."""
+        norm = functools.partial(
+            self.norm, use_running_average=use_running_average, dtype=self.dtype
+        )
+        conv = functools.partial(
+            self.conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal
+        )
+        return Layers(norm, conv, self.activation)
+
+    def _block(self, block: type[nn.Module]) -> type[nn.Module]:
+        """The class to make a network's blocks of."""
+        return remat(block) if self.remat else block
+
+
+class Network(Normalized, kw_only=True):
+    """Base of the networks that map images to logits. Its attributes are those of
+    `Normalized`."""
+
     @nn.compact
     def __call__(
         self, images: Signal | jax.Array, use_running_average: bool
@@ -95,21 +116,11 @@ class Network(nn.Module, kw_only=True):
             images: a plain array, or a Signal that brings its own state.
             use_running_average: True for inference by moving statistics (option A).
         """
-        norm = functools.partial(
-            self.norm, use_running_average=use_running_average, dtype=self.dtype
-        )
-        conv = functools.partial(
-            self.conv, use_bias=False, dtype=self.dtype, kernel_init=_he_normal
-        )
         if not isinstance(images, Signal):
             images = Signal(images, self.input_state)
-        x = self._features(images, Layers(norm, conv, self.activation))
+        x = self._features(images, self._layers(use_running_average))
         head = Dense(self.num_classes, name="head")
         return as_signal(head(self._pooled(x))).value.astype(jnp.float32)
-
-    def _block(self, block: type[nn.Module]) -> type[nn.Module]:
-        """The class to make a network's blocks of."""
-        return remat(block) if self.remat else block
 
     def _features(self, x: Signal, layers: Layers) -> Signal:
         """Maps the images to the last maps, ``[N, H, W, C]``."""

@@ -84,7 +84,7 @@ def _centre_and_side(
 
 
 def make_anchors(
-    map_size: tuple[int, int],
+    map_size: Sequence[int],
     stride: int,
     sizes: Sequence[float],
     ratios: Sequence[float],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,6 +19,22 @@ def hats(positions: Float[Array, " P"], size: int) -> Float[Array, "P S"]:
     values: 0 is the centre of the first, and beyond the ends the values are 0."""
     cells = jnp.arange(size, dtype=positions.dtype)
     return jnp.maximum(1 - jnp.abs(positions[:, None] - cells), 0)
+
+
+def sample_positions(
+    low: jax.Array, high: jax.Array, valid: jax.Array, stride: Any, output: int
+) -> Float[Array, " 2*output"]:
+    """Returns where RoIAlign samples along an axis, two for each bin, in cells.
+
+    Args:
+        low, high: of the box, in pixels.
+        valid: cells in the valid part of the map, to which the samples are moved.
+        stride: pixels for each cell.
+        output: bins.
+    """
+    bins = (jnp.arange(2 * output) + 0.5) / (2 * output)
+    positions = (low + bins * (high - low)) / stride - 0.5
+    return jnp.clip(positions, 0, jnp.maximum(valid - 1, 0).astype(positions.dtype))
 
 
 def roi_align(
@@ -48,10 +66,7 @@ def roi_align(
     def weights(
         low: jax.Array, high: jax.Array, valid: jax.Array, cells: int
     ) -> Float[Array, "output cells"]:
-        bins = (jnp.arange(2 * output) + 0.5) / (2 * output)
-        positions = (low + bins * (high - low)) / stride - 0.5
-        last = jnp.maximum(valid - 1, 0).astype(positions.dtype)
-        sampled = hats(jnp.clip(positions, 0, last), cells)
+        sampled = hats(sample_positions(low, high, valid, stride, output), cells)
         mean = sampled.reshape(output, 2, cells).mean(1)
         return mean.astype(features.dtype)
 

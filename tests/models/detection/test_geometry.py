@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kalman_flax.models.detection import boxes, matching, nms, roi_align
+from kalman_flax.models.detection import boxes, fpn, matching, nms, roi_align
 
 VECTORS = dict(np.load(pathlib.Path(__file__).parents[2] / "reference/torchvision.npz"))
 KEY = jax.random.key(0)
@@ -306,6 +306,43 @@ def test_roi_align_sees_the_valid_part_alone_and_turns_with_the_image():
     flipped = rois[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + np.float32([96, 0, 96, 0])
     turned = align(features[:, ::-1], flipped.astype(np.float32))
     np.testing.assert_allclose(turned[:, :, ::-1], pooled, atol=1e-5)
+
+
+def test_levels_are_those_of_torchvision():
+    found = fpn.level_of(VECTORS["spread"], 4)
+    np.testing.assert_array_equal(found + 2, VECTORS["levels"])
+    assert set(VECTORS["levels"].tolist()) == {2, 3, 4, 5}
+
+
+def test_on_a_pyramid_each_box_is_aligned_on_its_own_map():
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(n, n + 2, 3)).astype(np.float32) for n in (8, 4, 2)]
+    rois = np.concatenate([random_boxes(rng, 9), [[0, 0, 0, 0]]]).astype(np.float32)
+    levels, size = np.arange(10) % 3, np.array([61, 66])
+    pyramid = functools.partial(
+        fpn.roi_align_pyramid,
+        boxes=rois,
+        levels=levels,
+        size=size,
+        strides=(8, 16, 32),
+        output=4,
+    )
+
+    def one_by_one(maps):
+        found = [
+            roi_align.roi_align(m, rois, -(-size // s), stride=s, output=4)
+            for m, s in zip(maps, (8, 16, 32))
+        ]
+        return jnp.stack(found)[levels, np.arange(10)]
+
+    cotangent = rng.normal(size=(10, 4, 4, 3)).astype(np.float32)
+    found, expected = (
+        jax.jit(lambda maps, f=f: (f(maps), jax.vjp(f, maps)[1](cotangent)))(maps)
+        for f in (pyramid, one_by_one)
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected
+    )
 
 
 def test_masks_are_cropped_as_they_lie_in_the_image():

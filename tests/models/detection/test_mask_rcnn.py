@@ -1,0 +1,187 @@
+"""The whole detector, at one tiny shape: what it shares with classifiers, that it
+learns, and what it leaves alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kalman_flax as kf
+from kalman_flax.models.detection import (
+    Detections,
+    MaskRCNN,
+    MaskRCNNFPN,
+    Recipe,
+    Targets,
+)
+
+KEY = jax.random.key(0)
+TINY = dataclasses.replace(
+    Recipe.small(),
+    anchor_sizes=(16, 28),
+    rpn_channels=8,
+    rpn_samples=32,
+    rpn_positives=8,
+    candidates_training=48,
+    candidates=48,
+    proposals_training=24,
+    proposals=16,
+    roi_samples=16,
+    roi_positives=4,
+    mask_channels=8,
+    detections=6,
+)
+SMALL = {"stage_sizes": (1, 1, 1, 1), "width": 8, "stem_pool": False}
+
+
+#: what the pyramid is told besides
+PYRAMID = {
+    "recipe": dataclasses.replace(TINY, anchor_sizes=(8, 16, 28, 40, 60), roi_size=4),
+    "pyramid_channels": 8,
+    "hidden": 16,
+    "mask_roi_size": 6,
+    "canonical_size": 28,
+}
+
+
+def build(name, pyramid=False, normalizer=None, **options):
+    kind, more = (MaskRCNNFPN, PYRAMID) if pyramid else (MaskRCNN, {"recipe": TINY})
+    normalization = kf.normalization(name, **(normalizer or {}))
+    return kind(3, **SMALL, **more, **normalization._asdict(), **options)
+
+
+def scene():
+    """Two bright squares on noise, one with a hole: inputs and targets of one image."""
+    rng = np.random.default_rng(0)
+    image = 0.1 * rng.normal(size=(1, 64, 64, 3))
+    image[:, 12:36, 10:34] += 2
+    image[:, 40:60, 36:60] -= 2
+    image[:, 46:54, 42:54] = 0
+    masks = np.full((1, 3, 8, 8), 255, np.uint8)
+    masks[:, 1, 2:6, 2:6] = 0
+    targets = Targets(
+        jnp.float32([[[10, 12, 34, 36], [36, 40, 60, 60], [0, 0, 0, 0]]]),
+        jnp.array([[1, 3, 0]]),
+        jnp.zeros((1, 3), bool),
+        jnp.asarray(masks),
+    )
+    return {"image": jnp.float32(image), "size": jnp.array([[64, 64]])}, targets
+
+
+INPUTS, TARGETS = scene()
+
+
+@functools.cache
+def initialised(net):
+    return jax.jit(net.init, static_argnums=2)(KEY, INPUTS, True)
+
+
+def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
+    losses, written = net.apply(
+        {"params": params, "batch_stats": stats},
+        inputs,
+        targets,
+        key,
+        method="losses",
+        mutable=["batch_stats"],
+    )
+    return jnp.mean(losses["loss"]), (losses, written.get("batch_stats", {}))
+
+
+def test_the_recipe_is_that_of_resnet50_and_its_checkpoints_fit():
+    inputs = {"image": jnp.zeros((1, 256, 320, 3)), "size": jnp.array([[250, 320]])}
+    norm = kf.baselines.FrozenBatchNorm
+    net = MaskRCNN(80, norm=norm, freeze_at=2)
+    found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, inputs, True))
+    expected = Detections((1, 100, 4), (1, 100), (1, 100), (1, 100, 14, 14))
+    assert jax.tree.map(lambda x: x.shape, found) == expected
+    classifier = kf.NETWORKS["resnet50"](num_classes=10, norm=norm)
+    image = jnp.zeros((1, 64, 64, 3))
+    expected = jax.eval_shape(lambda: classifier.init(KEY, image, True))
+    assert expected["params"].keys() - variables["params"].keys() == {"head"}
+    for collection, tree in expected.items():
+        for name in tree.keys() - {"head"}:
+            assert variables[collection][name] == tree[name]
+    params = jax.tree.map(jnp.shape, variables["params"])
+    assert params["rpn"]["conv"]["kernel"] == (3, 3, 1024, 1024)
+    assert params["rpn"]["box"]["kernel"] == (1, 1, 1024, 60)
+    assert params["box_head"]["boxes"]["kernel"] == (2048, 320)
+    assert params["mask_head"]["upsample"]["kernel"] == (2, 2, 2048, 256)
+
+
+@pytest.mark.parametrize(
+    "name, pyramid",
+    [
+        ("batch", False),
+        pytest.param("kalman", False, marks=pytest.mark.slow),
+        pytest.param("group", False, marks=pytest.mark.slow),
+        pytest.param("kalman", True, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
+    net = build(name, pyramid, freeze_at=2)
+    variables = initialised(net)
+    params, stats = variables["params"], variables.get("batch_stats", {})
+
+    @jax.jit
+    def step(params, stats):
+        grad = jax.value_and_grad(functools.partial(learn, net), has_aux=True)
+        (_, (losses, stats)), gradient = grad(params, stats)
+        params = jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient)
+        return params, stats, losses, gradient
+
+    first = None
+    for _ in range(10):
+        params, stats, losses, gradient = step(params, stats)
+        first = first or losses
+    assert all(
+        loss.shape == (1,) and loss.dtype == jnp.float32 for loss in losses.values()
+    )
+    parts = {"rpn_class", "rpn_box", "head_class", "head_box", "mask"}
+    assert losses.keys() == parts | {"loss"}
+    np.testing.assert_allclose(losses["loss"], sum(losses[p] for p in parts), rtol=1e-6)
+    assert losses["loss"] < 0.9 * first["loss"]
+    for part in ("rpn_class", "head_class", "mask"):
+        assert losses[part] < first[part], part
+    for block in ("stem", "stem_norm", "stage1_block1"):
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient[block]))
+        old = variables.get("batch_stats", {}).get(block, {})
+        assert jax.tree.all(jax.tree.map(np.array_equal, stats.get(block, {}), old))
+    # Of the coarsest map few anchors lie in the image, and none may be drawn.
+    frozen_or_idle = {"stem", "stem_norm", "stage1_block1", "output4", "output4_norm"}
+    for block in params.keys() - frozen_or_idle:
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient[block])), block
+
+
+def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
+    net = build("batch", pyramid=True)
+    found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, INPUTS, True))
+    assert found.masks.shape == (1, 6, 12, 12)
+    stats = variables["batch_stats"]
+    for number in (1, 2, 3, 4):
+        assert {f"lateral{number}_norm", f"output{number}_norm"} <= stats.keys()
+        for head in ("box_convolutions", "mask_convolutions"):
+            assert f"conv{number}_norm" in stats[head]
+    assert variables["params"]["rpn"]["objectness"]["kernel"].shape[-1] == 3
+    assert variables["params"]["box_head"]["classes"]["kernel"].shape == (16, 4)
+
+
+@pytest.mark.slow
+def test_with_gain_1_it_is_batch_norm():
+    kalman = build("kalman", normalizer={"gain": 1.0})
+    batch = build("batch")
+    variables = initialised(batch)
+    found, expected = (
+        jax.jit(functools.partial(learn, net))(
+            variables["params"], variables["batch_stats"]
+        )[1]
+        for net in (kalman, batch)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
