@@ -35,15 +35,15 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
     Source:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
         Batch-Normalized Models" (NIPS 2017), whose ramp and bounds are the defaults:
-        plain batch norm for 5k steps; then r_max rises linearly from 1 to 3 at step
-        40k, and d_max from 0 to 5 at step 25k.
+        plain batch norm for 5k steps; then `r_max` rises linearly from 1 to 3 at step
+        40k, and `d_max` from 0 to 5 at step 25k.
 
-        One thing differs. The paper averages the standard deviation, sqrt(var_B +
-        epsilon). Here ``var`` holds the average of the variance, and sigma is sqrt(var
-        + epsilon), as in `nn.BatchNorm`: so checkpoints, the merging of replicas and
-        the recomputation of population statistics serve both. By Jensen's inequality
-        this sigma is a little larger than the paper's, the more so the more sigma_B
-        varies.
+        One thing differs. The paper averages the standard deviation, $\sqrt{\sigma_B^2
+        + \epsilon}$. Here ``var`` holds the average of the variance, and $\sigma$ is
+        its root, epsilon added, as in `nn.BatchNorm`: so checkpoints, the merging of
+        replicas and the recomputation of population statistics serve both. By Jensen's
+        inequality this $\sigma$ is a little larger than the paper's, the more so the
+        more $\sigma_B$ varies.
 
     Cost:
         - Parameters: 2 C, as batch norm.
@@ -62,8 +62,8 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
 
     State:
         Hands on the moments of its output over the micro-batch: mean $\gamma d + \beta$
-        and variance $(\gamma r)^2$, where var_B / (var_B + epsilon) is taken as 1. In
-        inference those of batch norm.
+        and variance $(\gamma r)^2$, where $\sigma_B^2 / (\sigma_B^2 + \epsilon)$ is
+        taken as 1. In inference those of batch norm.
 
     Attributes are those of `nn.BatchNorm`, and:
 
@@ -71,8 +71,9 @@ class BatchRenorm(Unfiltered, RunningNormalizer):
         r_max: final bound of r, at least 1.
         d_max: final bound of d, at least 0.
         warmup_steps: training steps of plain batch norm.
-        r_steps, d_steps: the training step at which the bound is reached, not before
-            the end of the warm-up. Counted by ``steps``.
+        r_steps: the training step at which `r_max` is reached, not before the end of
+            the warm-up. Counted by ``steps``.
+        d_steps: the same of `d_max`.
 
     Raises:
         ValueError: a bound or a step outside its range.

@@ -167,10 +167,10 @@ class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
         Yao, Cao, Zheng, Huang and Lin, "Cross-Iteration Batch Normalization" (CVPR
         2021), with the window of the configs in Howal/Cross-iterationBatchNorm.
 
-        As in the official code, a past iteration whose nu' comes out below mu'^2 is
-        dropped, channel by channel (the paper raises nu' to mu'^2), and so is a slot
-        not yet filled. As there, the past, with its change to today's kernel, is a
-        constant to the gradient.
+        As in the official code, a past iteration whose $\nu'$ comes out below $\mu'^2$
+        is dropped, channel by channel (the paper raises $\nu'$ to $\mu'^2$), and so is
+        a slot not yet filled. As there, the past, with its change to today's kernel, is
+        a constant to the gradient.
 
         Other than there:
 

@@ -253,7 +253,7 @@ class FrozenBatchNorm(BatchNorm):
         Those of `BatchNorm`.
 
     State:
-        Hands on what it is told, moved by a and b: exact.
+        Hands on what it is told, moved by $a$ and $b$: exact.
 
     Attributes are those of `BatchNorm`, but:
 

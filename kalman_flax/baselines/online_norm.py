@@ -44,8 +44,11 @@ class OnlineNorm(Unfiltered, Normalizer):
     $b$ = 1 - `alpha_backward`:
 
     $$
-    h_t = g_t - b v_{t-1} y_t, \quad v_t = v_{t-1} + \mathrm{E}[h_t y_t], \quad
-    k_t = \frac{h_t}{\sqrt{\sigma_{t-1}^2 + \epsilon}} - b u_{t-1}, \quad
+    h_t = g_t - b v_{t-1} y_t, \qquad v_t = v_{t-1} + \mathrm{E}[h_t y_t]
+    $$
+
+    $$
+    k_t = \frac{h_t}{\sqrt{\sigma_{t-1}^2 + \epsilon}} - b u_{t-1}, \qquad
     u_t = u_{t-1} + \mathrm{E}[k_t]
     $$
 

@@ -120,7 +120,9 @@ class Bias(Unfiltered, nn.Module):
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
-        dtype, param_dtype, bias_init: as in `nn.BatchNorm`.
+        dtype: as in `nn.BatchNorm`.
+        param_dtype: as in `nn.BatchNorm`.
+        bias_init: as in `nn.BatchNorm`.
 
     Raises:
         ValueError: a dtype that is not of floats; values that are complex.

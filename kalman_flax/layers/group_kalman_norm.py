@@ -74,8 +74,9 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
 
     State:
         Hands on the moments of each channel of its output. The group as a whole has
-        mean 0 and variance 1, but a channel in it has gamma (mu_c - mu_group) /
-        sigma_group + beta and (gamma sigma_c / sigma_group)^2.
+        mean 0 and variance 1, but a channel in it has mean $\gamma (\hat{\mu}_c -
+        \hat{\mu}_g) / \hat{\sigma}_g + \beta$ and variance $(\gamma \hat{\sigma}_c /
+        \hat{\sigma}_g)^2$, with $\hat{\sigma}^2 = \hat{\Sigma}$.
 
     Attributes mean what they do in `nn.GroupNorm`. Besides:
 
@@ -83,7 +84,9 @@ class GroupKalmanNorm(FilterParameters, nn.Module):
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
         axis: of the channels.
-        gain, learn_gain, noise: as in `KalmanNorm`.
+        gain: q, as in `KalmanNorm`.
+        learn_gain: as in `KalmanNorm`.
+        noise: R, as in `KalmanNorm`.
         rule: ``"mixture"`` or ``"paper"`` (Eq. 7), of the group, see `update`.
         propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the
             filtered moments of the input, those of the group for every channel.
