@@ -26,8 +26,7 @@ from kalman_flax.layers.signal import Signal, as_signal, state_of
 
 
 class GroupKalmanNorm(FilterParameters, nn.Module):
-    r"""Normalises each example's groups of channels by the Kalman estimate of their
-    moments.
+    r"""Normalises each example's groups by the Kalman estimate of their moments.
 
     $$
     \hat{\mu}_c = p \, \mu_{\mathrm{pred}} + q \, \bar{x}_{nc}, \qquad
