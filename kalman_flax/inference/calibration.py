@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -182,7 +182,7 @@ def _written(returned: Any) -> Any:
         ValueError: there are none.
     """
     written = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
-    if not hasattr(written, "get") or not written.get("batch_stats"):
+    if not isinstance(written, Mapping) or not written.get("batch_stats"):
         raise ValueError(
             "the call returned no batch_stats; expected what a training pass of a Flax"
             " network returns, (outputs, updates): call it with"
