@@ -181,7 +181,9 @@ def _written(returned: Any) -> Any:
     Raises:
         ValueError: there are none.
     """
-    written = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
+    written: Any = {}
+    if isinstance(returned, tuple) and len(returned) > 1:
+        written = returned[1]
     if not hasattr(written, "get") or not written.get("batch_stats"):
         raise ValueError(
             "the call returned no batch_stats; expected what a training pass of a Flax"

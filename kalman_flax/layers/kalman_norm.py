@@ -317,7 +317,7 @@ class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
         observed, filtered, learned = run(value, mask, predicted)
         self._report(observed=observed, predicted=predicted, filtered=filtered)
         self._move_running(running, merged(filtered) if size else filtered)
-        if correction is not None:
+        if correction is not None and learned is not None:
             learned = merged_corrections(learned) if size else learned
             self._put_correction(learned, correction)
         self._count_step()
