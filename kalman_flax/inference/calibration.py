@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -157,11 +157,12 @@ def _seed(
 ) -> tuple[Filtered, bool]:
     """In the place of `KalmanNorm.filter`: leaves the correction of the prediction to
     the running moments, and filters as in inference; says whether there was one."""
-    value = module._value(x, mask)
+    value, _ = module._masked(x, mask)
     parameters, running = module._variables(value)
+    filtered = Filtered(value, running, as_signal(x).valid)
     predicted = module._predicted(Signal(value, as_signal(x).state))
     if predicted is None:
-        return Filtered(value, running), False
+        return filtered, False
     if not module.is_mutable_collection("batch_stats"):
         raise ValueError(
             "the corrections of calibrate are kept in batch_stats, which this call may"
@@ -172,7 +173,7 @@ def _seed(
         start, predicted, running, parameters.predict_noise, momentum=0.0
     )
     module._put_correction(learned, start)
-    return Filtered(value, running), True
+    return filtered, True
 
 
 def _written(returned: Any) -> Any:
@@ -181,8 +182,10 @@ def _written(returned: Any) -> Any:
     Raises:
         ValueError: there are none.
     """
-    written = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
-    if not isinstance(written, Mapping) or not written.get("batch_stats"):
+    written: Any = {}
+    if isinstance(returned, tuple) and len(returned) > 1:
+        written = returned[1]
+    if not hasattr(written, "get") or not written.get("batch_stats"):
         raise ValueError(
             "the call returned no batch_stats; expected what a training pass of a Flax"
             " network returns, (outputs, updates): call it with"

@@ -74,7 +74,7 @@ def _forward(config: Any, experiment: Experiment) -> Callable[..., Any]:
 
 def _warn_of_no_start(state: TrainState) -> None:
     """Says that corrections of `KalmanNorm.calibrate` begin with nothing observed."""
-    stats = traverse_util.flatten_dict(state.batch_stats)
+    stats: dict[Any, Any] = traverse_util.flatten_dict(state.batch_stats)
     weights = (s for path, s in stats.items() if path[-1] == "weight")
     if any(not jnp.any(weight) for weight in weights):
         logging.warning(
