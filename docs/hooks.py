@@ -16,8 +16,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in PAGES.items():
         text = (ROOT / source).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
-    citation = str(ROOT / "CITATION.cff")
-    files.append(File.generated(config, "CITATION.cff", abs_src_path=citation))
+    notebooks = sorted((ROOT / "examples").glob("*.ipynb"))
+    for path in (ROOT / "CITATION.cff", *notebooks):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 

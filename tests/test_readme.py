@@ -51,7 +51,7 @@ def test_the_guide(capsys):
 def test_links_lead_somewhere(page):
     page = pathlib.Path(page)
     text = re.sub(r"`[^`]*`", "", page.read_text())
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+    for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), f"{page}: {link}"
 
 
