@@ -1,5 +1,5 @@
 """The documents: the code of the README and the guide, run as printed, in order; links;
-and that the pages of the API have every public name.
+that the pages of the API have every public name, and normalisers all their sections.
 
 What loads an exported network (docs/export.md) is run in
 `tests/train/commands/test_export.py`.
@@ -67,3 +67,22 @@ def test_the_api_pages_have_every_public_name():
         if not name.startswith("_") and not inspect.ismodule(value)
     } - {"Any"}
     assert public == documented
+
+
+NORMALIZERS = {
+    name: value
+    for room in (kf, kf.baselines)
+    for name, value in vars(room).items()
+    if inspect.isclass(value) and hasattr(value, "normalize")
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_docstrings_of_normalisers_have_their_sections(name):
+    text = inspect.cleandoc(NORMALIZERS[name].__doc__)
+    assert re.match(r"[^\n]+\.\n\n", text), "a summary of one line"
+    assert re.search(r"^\$\$\n.+?\n\$\$$", text, re.M | re.S), "the formula"
+    sections = re.findall(r"^([A-Z][a-z ]+):\n    ", text, re.M)
+    # Attributes may be those of another class alone.
+    required = ["Source", "Cost", "When to use", "Variables", "State", "Raises"]
+    assert [part for part in sections if part != "Attributes"] == required

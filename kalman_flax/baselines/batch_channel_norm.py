@@ -15,31 +15,53 @@ from kalman_flax.layers.signal import Signal
 
 
 class BatchChannelNorm(Unfiltered, RunningNormalizer):
-    """u = scale (x - r) / sqrt(v + epsilon) + bias by moving averages r and v, in
-    training too, then y = group_scale (u - mean) / sqrt(var + epsilon) + group_bias
-    with the moments of each example's groups of channels. Training moves the averages
-    first,
+    r"""Normalises by moving averages in training too, then by groups of channels.
 
-        r <- a r + (1 - a) E[x],    v <- a v + (1 - a) E[(x - r_old)^2],
+    $$
+    u = \gamma \, \frac{x - r}{\sqrt{v + \epsilon}} + \beta, \qquad
+    y = \gamma_g \, \frac{u - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_g
+    $$
 
-    with a = `momentum`, and takes them for constants. The micro-batch form of Qiao et
-    al., "Rethinking Normalization and Elimination Singularity in Neural Networks"
-    (2019), as joe-siyuan-qiao/Batch-Channel-Normalization has it. There 1 - a is set
-    from outside, and how is not said: its default here is batch norm's, a guess. The
-    moving averages keep a channel from being switched off for good; the groups make up
-    for their lag. It costs what batch norm and group norm do together, keeps 2 C
-    numbers, and does not fold into a convolution. Use it for micro-batches of few
-    images, with standardised kernels as the authors do (``"batch_channel_ws"``).
+    $\mu_{ng}$ and $\sigma_{ng}^2$ are the moments of $u$ over the channels of group $g$
+    of example $n$. Training moves the averages first, with $a$ = `momentum`, and takes
+    them for constants:
 
-    Variables: parameters ``scale`` and ``bias`` ``[C]``, ``group_scale`` and
-    ``group_bias`` ``[num_groups]``; in ``batch_stats`` ``streaming_mean`` and
-    ``streaming_var`` ``[C]``. What a channel's moments are after the groups is not
-    known, so the state ends.
+    $$
+    r \leftarrow a r + (1 - a) \, E[x], \qquad
+    v \leftarrow a v + (1 - a) \, E[(x - r_{\mathrm{old}})^2]
+    $$
 
-    Replicas: all start a step from the same r and v, and the mean of what they write is
-    exactly what one micro-batch of all their images would have written: the spread is
-    about one point, r_old, so it misses no variance between replicas. Until they are
-    merged each normalises by its own.
+    The moving averages keep a channel from being switched off for good. The groups make
+    up for their lag.
+
+    Source:
+        The micro-batch form of Qiao et al., "Rethinking Normalization and Elimination
+        Singularity in Neural Networks" (2019), as
+        joe-siyuan-qiao/Batch-Channel-Normalization has it. There 1 - a is set from
+        outside, and how is not said. Its default here is batch norm's, a guess.
+
+    Cost:
+        - Parameters: 2 C + 2 `num_groups`.
+        - Statistics: 2 C moving averages.
+        - Passes: those of batch norm and of group norm together.
+        - Inference: the pass of group norm, so it does not fold into a convolution.
+
+    When to use:
+        For micro-batches of few images, with standardised kernels as the authors do:
+        ``"batch_channel_ws"``.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``, ``group_scale`` and ``group_bias``,
+        ``[num_groups]``; in ``batch_stats`` ``streaming_mean`` and ``streaming_var``,
+        ``[C]``.
+
+        Replicas start a step from the same r and v. The mean of what they write is
+        exactly what one micro-batch of all their images would have written: the spread
+        is about one point, r_old, so it misses no variance between replicas. Until they
+        are merged, each normalises by its own.
+
+    State:
+        Ends. What a channel's moments are after the groups is not known.
 
     Attributes are those of `nn.BatchNorm`, and:
 

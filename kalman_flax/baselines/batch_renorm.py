@@ -16,37 +16,64 @@ from kalman_flax.layers.signal import Signal
 
 
 class BatchRenorm(Unfiltered, RunningNormalizer):
-    """x_hat = (x - mu_B) / sigma_B r + d, then scale and bias as in batch norm, with
-    r = clip(sigma_B / sigma, 1 / r_max, r_max) and d = clip((mu_B - mu) / sigma,
-    -d_max, d_max), constants to the gradient; mu and sigma are the moving statistics
-    before this step, so that unclipped x_hat = (x - mu) / sigma, as in inference. From
-    Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
-    Batch-Normalized Models" (NIPS 2017), whose ramp and bounds are the defaults: plain
-    batch norm for 5k steps, then r_max rises linearly from 1 to 3 at step 40k, d_max
-    from 0 to 5 at 25k. It has the parameters, running statistics, activations in memory
-    and inference of batch norm, a step counter, and some arithmetic per channel. Use it
-    for small or dependent micro-batches in long runs, and shorten the ramp with the
-    run: one that ends within `warmup_steps` is batch norm.
+    r"""Batch norm whose statistics are corrected towards the moving ones.
 
-    The paper averages the standard deviation, sqrt(var_B + epsilon); here ``var`` holds
-    the average of the variance and sigma = sqrt(var + epsilon), as in `nn.BatchNorm`,
-    so that checkpoints, the merging of replicas and the recomputation of population
-    statistics serve both. By Jensen's inequality sigma is a little larger than the
-    paper's, the more so the more sigma_B varies.
+    $$
+    \hat{x} = \frac{x - \mu_B}{\sigma_B} \, r + d, \qquad y = \gamma \hat{x} + \beta
+    $$
 
-    It hands on the moments of its output over the micro-batch, mean scale d + bias and
-    variance (scale r)^2, for var_B / (var_B + epsilon) taken as 1, and in inference
-    those of batch norm.
+    $$
+    r = \mathrm{clip}\left(\frac{\sigma_B}{\sigma},
+    \frac{1}{r_{\max}}, r_{\max}\right), \qquad
+    d = \mathrm{clip}\left(\frac{\mu_B - \mu}{\sigma}, -d_{\max}, d_{\max}\right)
+    $$
 
-    Besides the attributes of `nn.BatchNorm`:
+    $\mu_B$ and $\sigma_B$ are of the micro-batch. $\mu$ and $\sigma$ are the moving
+    statistics before this step. $r$ and $d$ are constants to the gradient. Where
+    nothing is clipped, $\hat{x} = (x - \mu) / \sigma$, as in inference.
+
+    Source:
+        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+        Batch-Normalized Models" (NIPS 2017), whose ramp and bounds are the defaults:
+        plain batch norm for 5k steps; then `r_max` rises linearly from 1 to 3 at step
+        40k, and `d_max` from 0 to 5 at step 25k.
+
+        One thing differs. The paper averages the standard deviation, $\sqrt{\sigma_B^2
+        + \epsilon}$. Here ``var`` holds the average of the variance, and $\sigma$ is
+        its root, epsilon added, as in `nn.BatchNorm`: so checkpoints, the merging of
+        replicas and the recomputation of population statistics serve both. By Jensen's
+        inequality this $\sigma$ is a little larger than the paper's, the more so the
+        more $\sigma_B$ varies.
+
+    Cost:
+        - Parameters: 2 C, as batch norm.
+        - Statistics: 2 C running ones, as batch norm, and a step counter.
+        - Passes: those of batch norm, with as much in memory, and some arithmetic per
+          channel.
+        - Inference: that of batch norm.
+
+    When to use:
+        For small or dependent micro-batches in long runs. Shorten the ramp with the
+        run: one that ends within `warmup_steps` is batch norm.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``; in ``batch_stats`` the running
+        ``mean`` and ``var``, ``[C]``, and ``steps``, a float32 scalar, exact to 2^24.
+
+    State:
+        Hands on the moments of its output over the micro-batch: mean $\gamma d + \beta$
+        and variance $(\gamma r)^2$, where $\sigma_B^2 / (\sigma_B^2 + \epsilon)$ is
+        taken as 1. In inference those of batch norm.
+
+    Attributes are those of `nn.BatchNorm`, and:
 
     Attributes:
         r_max: final bound of r, at least 1.
         d_max: final bound of d, at least 0.
         warmup_steps: training steps of plain batch norm.
-        r_steps, d_steps: the training step at which the bound is reached, not before
-            the end of the warm-up. Counted by ``steps`` in ``batch_stats``, a float32
-            scalar, exact to 2^24.
+        r_steps: the training step at which `r_max` is reached, not before the end of
+            the warm-up. Counted by ``steps``.
+        d_steps: the same of `d_max`.
 
     Raises:
         ValueError: a bound or a step outside its range.

@@ -46,21 +46,43 @@ class ConvState(NamedTuple):
 
 
 class CrossIterationConv(Conv):
-    """`Conv`, whose output's state is what it is and how it depends on the kernel: mean
-    and variance over the micro-batch, d mean / dW = E[patch] and d var / dW = 2
-    E[patch (y - mean)], patches of the input at each position; the part of Yao et al.
-    (2021), see `CrossIterationBatchNorm`, that the convolution has to play. Parameters
-    and values are those of `Conv`. The slopes cost the gradient of the kernel once
-    more, in the forward pass, in float32; under `jit` nothing where nobody uses them,
-    as in inference or before a sum. Use it where `CrossIterationBatchNorm` follows.
+    r"""`Conv` that also says how its output's moments depend on the kernel.
 
-    With a `kernel_map`, W is what comes out of it: the moments are linear and quadratic
-    in that. What a change of the bias does is not told. `transition` and the state of
-    the input are not used, a plain array gives a plain array, and slopes are constants
-    to the gradient.
+    $$
+    \frac{\partial \mu}{\partial W} = E[\mathrm{patch}], \qquad
+    \frac{\partial \sigma^2}{\partial W} = 2 \, E[\mathrm{patch} \, (y - \mu)]
+    $$
+
+    $\mu$ and $\sigma^2$ are the moments of the output $y$ over the micro-batch, and the
+    patches are those of the input at each position.
+
+    Source:
+        The part of Yao et al. (2021) that the convolution has to play, see
+        `CrossIterationBatchNorm`.
+
+    Cost:
+        - Parameters: those of `Conv`.
+        - Statistics: none stored.
+        - Passes: the gradient of the kernel once more, in the forward pass, in float32.
+          Under `jit` nothing where nobody uses it, as before a sum.
+        - Inference: nothing.
+
+    When to use:
+        Where `CrossIterationBatchNorm` follows.
+
+    Variables:
+        Parameters, and values, are those of `Conv`. With a `kernel_map`, W is what
+        comes out of it: the moments are linear and quadratic in that.
+
+    State:
+        Hands on the moments and their slopes, constants to the gradient. What a change
+        of the bias does is not told. `transition` and the state of the input are not
+        used. A plain array gives a plain array.
+
+    Attributes are those of `Conv`.
 
     Raises:
-        ValueError: not all of the input is valid.
+        ValueError: as in `Conv`, or not all of the input is valid.
     """
 
     def __call__(self, x: Signal | jax.Array) -> Signal | jax.Array:
@@ -118,51 +140,86 @@ class CrossIterationConv(Conv):
 
 
 class CrossIterationBatchNorm(Unfiltered, RunningNormalizer):
-    """Batch normalisation by the mean and variance of the last `window` micro-batches,
-    the past ones as they would be with today's kernel of the convolution before: mu' =
-    mu + <d mu / dW, W_t - W>, nu' = nu + <d nu / dW, W_t - W> for nu = E[x^2], averaged
-    with today's mu and nu, and var = nu - mu^2; Yao, Cao, Zheng, Huang and Lin,
-    "Cross-Iteration Batch Normalization" (CVPR 2021), with the window of the configs in
-    Howal/Cross-iterationBatchNorm. Two parameters and two running statistics per
-    channel, and ``window - 1`` times two kernels and a mean patch; the slopes cost one
-    more kernel gradient, see `CrossIterationConv`. In inference it is batch norm. Use
-    it for small micro-batches, once kernels change little per step (`burn_in`).
+    r"""Batch norm over the last micro-batches, the past ones moved to today's kernel.
 
-    As a filter: the transition is not of a layer but of a step, the average over the
+    $$
+    \mu'_\tau = \mu_\tau + \left\langle
+    \frac{\partial \mu_\tau}{\partial W}, W_t - W_\tau \right\rangle, \qquad
+    \nu'_\tau = \nu_\tau + \left\langle
+    \frac{\partial \nu_\tau}{\partial W}, W_t - W_\tau \right\rangle
+    $$
+
+    $$
+    \bar{\mu} = \frac{1}{n + 1} \Big(\mu_t + \sum_\tau \mu'_\tau\Big), \qquad
+    \bar{\nu} = \frac{1}{n + 1} \Big(\nu_t + \sum_\tau \nu'_\tau\Big), \qquad
+    \bar{\sigma}^2 = \bar{\nu} - \bar{\mu}^2
+    $$
+
+    $$
+    y = \gamma \, \frac{x - \bar{\mu}}{\sqrt{\bar{\sigma}^2 + \epsilon}} + \beta
+    $$
+
+    $\mu$ and $\nu = E[x^2]$ are of a micro-batch, and $W$ is the kernel of the
+    convolution before. The sums are over the $n$ past iterations $\tau$ that count, of
+    the last `window` - 1.
+
+    As a filter: the transition is not of a layer but of a step. The average over the
     compensated past is the prediction, and `update` combines it with today's
-    observation with the gain 1 / (n + 1), n past iterations, by the rule "mixture",
-    which is the average of mu and nu to the letter.
+    observation with the gain 1 / (n + 1). By the rule "mixture" that is the average of
+    mu and nu to the letter.
 
-    A past iteration whose nu' comes out below mu'^2 is dropped, channel by channel, as
-    in the official code (the paper raises nu' to mu'^2), and so is a slot not yet
-    filled. The past, with its change to today's kernel, is a constant to the gradient,
-    as in the official code. Other than there, epsilon is added to the variance and not
-    to its root, the moving averages are of the combined statistics and not of the
-    micro-batch's, so that inference knows what training normalises by, and the past is
-    kept in the burn-in too, so that the window is full when it ends.
+    Source:
+        Yao, Cao, Zheng, Huang and Lin, "Cross-Iteration Batch Normalization" (CVPR
+        2021), with the window of the configs in Howal/Cross-iterationBatchNorm.
 
-    Only right behind a `CrossIterationConv` does a norm look back. Elsewhere it is
-    batch norm: on the sum of a residual stream, to which all convolutions before have
-    added on a par, the slopes of the last one do not account for most of the change. In
-    the pre-activation `ResNet` ``stem_norm`` and every ``norm2`` look back; in the
-    original, where a convolution comes before every norm, all do.
+        As in the official code, a past iteration whose $\nu'$ comes out below $\mu'^2$
+        is dropped, channel by channel (the paper raises $\nu'$ to $\mu'^2$), and so is
+        a slot not yet filled. As there, the past, with its change to today's kernel, is
+        a constant to the gradient.
 
-    Replicas: all share one past, the mean over their micro-batches, which is exact for
-    mu, nu and slopes, where the original keeps each device's own: a past iteration
-    knows more images than the current one, and weighs the same.
+        Other than there:
 
-    It hands on the exact moments of its output over the micro-batch. In ``batch_stats``
-    there are, besides ``mean`` and ``var``, ``steps`` and ``past1`` (the latest),
-    ``past2`` and so on; ``nu`` is there taken about a ``reference``, which changes
-    nothing but the rounding.
+        - epsilon is added to the variance and not to its root.
+        - The moving averages are of the combined statistics and not of the
+          micro-batch's, so that inference knows what training normalises by.
+        - The past is kept in the burn-in too, so that the window is full when it ends.
+        - All replicas share one past, the mean over their micro-batches, which is exact
+          for mu, nu and slopes. The original keeps each device's own. So a past
+          iteration knows more images than the current one, and weighs the same.
 
-    Besides the attributes of `nn.BatchNorm`:
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: 2 C running ones, and `window` - 1 times two kernels and a mean
+          patch.
+        - Passes: those of batch norm; the slopes cost one more kernel gradient, see
+          `CrossIterationConv`.
+        - Inference: that of batch norm.
+
+    When to use:
+        For small micro-batches, once kernels change little per step (`burn_in`).
+
+        Only right behind a `CrossIterationConv` does a norm look back; elsewhere it is
+        batch norm. On the sum of a residual stream, to which all convolutions before
+        have added on a par, the slopes of the last one do not account for most of the
+        change. In the pre-activation `ResNet` ``stem_norm`` and every ``norm2`` look
+        back. In the original, where a convolution comes before every norm, all do.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``; in ``batch_stats`` the running
+        ``mean`` and ``var``, ``[C]``, ``steps``, a float32 scalar, exact to 2^24, and
+        ``past1`` (the latest), ``past2`` and so on. In these ``nu`` is taken about a
+        ``reference``, which changes nothing but the rounding.
+
+    State:
+        Hands on the exact moments of its output over the micro-batch.
+
+    Attributes are those of `nn.BatchNorm`, and:
 
     Attributes:
         axis_name: share statistics and slopes over this mapped axis.
         window: k, iterations that count, with the current one; 1 is batch norm.
         burn_in: training steps of batch norm at the start, while kernels change fast.
-            Counted by ``steps``, a float32 scalar, exact to 2^24.
+            Counted by ``steps``.
 
     Raises:
         ValueError: a window below 1 or a negative burn-in.

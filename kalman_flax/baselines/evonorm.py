@@ -56,18 +56,46 @@ class _EvoNorm(Unfiltered, Normalizer):
 
 
 class EvoNormB0(Running, _EvoNorm):
-    """scale x / max(sqrt(var_NHW + epsilon), v x + sqrt(var_HW + epsilon)) + bias, with
-    the biased variances of the batch and of each example, per channel (Liu et al.,
-    "Evolving Normalization-Activation Layers", NeurIPS 2020; constants from their code,
-    tensorflow/tpu, whose decay is 0.9). It has its nonlinearity in it, so no activation
-    follows. Costs one parameter per channel more than `nn.BatchNorm` (v,
-    ``nonlinearity_scale``, from 1), a second variance, and that of the example also in
-    inference, so it does not fold into a convolution. Use it in the place of batch norm
-    and ReLU at normal batch sizes.
+    r"""Normalises by batch and example and activates; found by evolution.
 
-    Channels come last. It hands on no state. Attributes are those of `nn.BatchNorm`,
-    and so are the running ``mean`` and ``var`` in ``batch_stats``: the mean is used for
-    nothing but to merge the variances of several replicas.
+    $$
+    y = \gamma \, \frac{x}{\max\left(\sqrt{s_{NHW}^2 + \epsilon},\;
+    v x + \sqrt{s_{HW}^2 + \epsilon}\right)} + \beta
+    $$
+
+    $s_{NHW}^2$ and $s_{HW}^2$ are the biased variances of a channel over the batch and
+    over each example. In inference the running variance takes the place of the first.
+    $\gamma$ and $\beta$ are ``scale`` and ``bias``, $v$ is ``nonlinearity_scale``. It
+    has its nonlinearity in it, so no activation follows.
+
+    Source:
+        Liu et al., "Evolving Normalization-Activation Layers" (NeurIPS 2020). Constants
+        are from their code, tensorflow/tpu, whose decay is 0.9.
+
+    Cost:
+        - Parameters: 3 C, one per channel more than `nn.BatchNorm`.
+        - Statistics: 2 C running ones.
+        - Passes: those of batch norm, and a second variance, that of each example.
+        - Inference: the variance of the example too, so it does not fold into a
+          convolution.
+
+    When to use:
+        In the place of batch norm and ReLU at normal batch sizes.
+
+    Variables:
+        Parameters ``scale``, ``bias`` and ``nonlinearity_scale``, which starts at 1; in
+        ``batch_stats`` the running ``mean`` and ``var``, as in `nn.BatchNorm`; all
+        ``[C]``. The mean is used for nothing but to merge the variances of several
+        replicas.
+
+    State:
+        Ends.
+
+    Attributes are those of `nn.BatchNorm`. Channels come last.
+
+    Raises:
+        ValueError: an attribute outside its range; values that are complex; an empty
+            micro-batch.
     """
 
     momentum: float = 0.99
@@ -96,22 +124,43 @@ class EvoNormB0(Running, _EvoNorm):
 
 
 class EvoNormS0(_EvoNorm):
-    """scale x sigmoid(v x) / sqrt(var_group + epsilon) + bias, with the biased variance
-    of each example's groups of channels (Liu et al., "Evolving Normalization-Activation
-    Layers", NeurIPS 2020; constants from their code, tensorflow/tpu). It has its
-    nonlinearity in it, so no activation follows. Costs one parameter per channel more
-    than `nn.GroupNorm` (v, ``nonlinearity_scale``, from 1), stores no statistics and
-    does the same in training and inference. Use it in the place of group norm and ReLU,
-    at any batch size.
+    r"""Normalises each example's groups and activates; found by evolution.
 
-    Channels come last. It hands on no state. Attributes mean what they do in
-    `nn.GroupNorm`. Besides:
+    $$
+    y = \gamma \, \frac{x \, \mathrm{sigmoid}(v x)}{\sqrt{s_{ng}^2 + \epsilon}} + \beta
+    $$
+
+    $s_{ng}^2$ is the biased variance of group $g$ of the channels of example $n$.
+    $\gamma$ and $\beta$ are ``scale`` and ``bias``, $v$ is ``nonlinearity_scale``. It
+    has its nonlinearity in it, so no activation follows.
+
+    Source:
+        Liu et al., "Evolving Normalization-Activation Layers" (NeurIPS 2020). Constants
+        are from their code, tensorflow/tpu. That code takes the next smaller divisor
+        where `num_groups` is none; here it is an error.
+
+    Cost:
+        - Parameters: 3 C, one per channel more than `nn.GroupNorm`.
+        - Statistics: none stored.
+        - Passes: those of group norm.
+        - Inference: the same as training.
+
+    When to use:
+        In the place of group norm and ReLU, at any batch size.
+
+    Variables:
+        Parameters ``scale``, ``bias`` and ``nonlinearity_scale``, which starts at 1;
+        all ``[C]``.
+
+    State:
+        Ends.
+
+    Attributes mean what they do in `nn.GroupNorm`. Channels come last. Besides:
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
-        num_groups: G, a divisor of the channel count. (Their code takes the next
-            smaller divisor where it is none.)
+        num_groups: G, a divisor of the channel count.
 
     Raises:
         ValueError: a number of groups below 1, or that does not divide the channels.

@@ -15,16 +15,38 @@ from kalman_flax.layers.signal import Signal
 
 
 class FilterResponseNorm(Unfiltered, Normalizer):
-    """max(scale x / sqrt(nu2 + epsilon) + bias, threshold), where nu2 is the mean of
-    x^2 over the map of each example and channel (Singh and Krishnan, "Filter Response
-    Normalization Layer", CVPR 2020). It has its nonlinearity, TLU, in it, so no
-    activation follows. Costs one parameter per channel more than `nn.BatchNorm`
-    (``threshold``, from 0), stores no statistics and does the same in training and
-    inference. Use it where nothing may depend on the batch; maps should be larger than
-    1x1, and as it does not centre, the rate of learning may have to be warmed up.
+    r"""Divides each channel of each example by its root mean square, then thresholds.
 
-    Channels come last. It hands on no state: the second moment of its output is known,
-    the mean is not. Attributes are those of `nn.BatchNorm` without running statistics.
+    $$
+    y = \max\left(\gamma \, \frac{x}{\sqrt{\nu^2 + \epsilon}} + \beta,\; \tau\right)
+    $$
+
+    $\nu^2$ is the mean of $x^2$ over the map of each example and channel. $\gamma$ and
+    $\beta$ are ``scale`` and ``bias``, $\tau$ is ``threshold``. The maximum is its
+    nonlinearity, TLU, so no activation follows.
+
+    Source:
+        Singh and Krishnan, "Filter Response Normalization Layer" (CVPR 2020).
+
+    Cost:
+        - Parameters: 3 C, one per channel more than `nn.BatchNorm`.
+        - Statistics: none stored.
+        - Passes: over the activation for the moments.
+        - Inference: the same as training.
+
+    When to use:
+        Where nothing may depend on the batch. Maps should be larger than 1x1. As it
+        does not centre, the rate of learning may have to be warmed up.
+
+    Variables:
+        Parameters ``scale``, ``bias`` and ``threshold``, which starts at 0; all
+        ``[C]``.
+
+    State:
+        Ends. The second moment of its output is known, the mean is not.
+
+    Attributes are those of `nn.BatchNorm` without running statistics. Channels come
+    last.
     Besides:
 
     Attributes:

@@ -17,18 +17,46 @@ from kalman_flax.layers.valid import somewhere
 
 
 class BatchNorm(Unfiltered, nn.BatchNorm):
-    """y = scale (x - mean) / sqrt(var + epsilon) + bias, mean and variance of each
-    channel over the micro-batch, in inference their moving averages; Ioffe and Szegedy,
-    "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-    Covariate Shift" (ICML 2015). Two parameters and two running statistics per channel,
-    one pass over the activation for the moments, and none in inference, where it folds
-    into the convolution. Use it where the micro-batch gives good statistics, from some
-    16 images on; below that error grows (Wu and He, 2018).
+    r"""Normalises each channel by its moments over the micro-batch, as Flax does.
 
-    `nn.BatchNorm` over Signals: attributes, variables and values are Flax's. It hands
-    on the moments of its output, bias and scale^2. The variance takes two centred
-    passes: Flax's default is 0 for data at 1e4 +- 1. Moments that overflow do not move
-    the running ones.
+    $$
+    y = \gamma \, \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta
+    $$
+
+    $\mu_B$ and $\sigma_B^2$ are the mean and variance of a channel over the
+    micro-batch. In inference the moving averages of both take their place. $\gamma$ is
+    ``scale``, $\beta$ is ``bias``, $\epsilon$ is `epsilon`.
+
+    Source:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift" (ICML 2015). Attributes, variables and values
+        are those of `nn.BatchNorm`. Two things differ. The variance takes two centred
+        passes by default: Flax's default gives 0 for data at 1e4 +- 1. And moments that
+        overflow do not move the running ones.
+
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: 2 C running ones.
+        - Passes: two over the activation for the moments, as the variance is centred.
+        - Inference: no pass; it folds into the convolution before it.
+
+    When to use:
+        Where the micro-batch gives good statistics, from some 16 images on. Below that
+        the error grows (Wu and He, 2018).
+
+    Variables:
+        Parameters ``scale`` and ``bias``; in ``batch_stats`` the running ``mean`` and
+        ``var``; all ``[C]``.
+
+    State:
+        Hands on the moments of its output: mean $\beta$ and variance $\gamma^2$.
+
+    Attributes:
+        use_fast_variance: True takes the variance in one pass, as Flax does.
+
+    Raises:
+        ValueError: an attribute outside its range; values that are complex; an empty
+            micro-batch.
     """
 
     use_fast_variance: bool = False
@@ -65,20 +93,45 @@ class BatchNorm(Unfiltered, nn.BatchNorm):
 
 
 class GroupNorm(Unfiltered, nn.GroupNorm):
-    """y = scale (x - mean) / sqrt(var + epsilon) + bias, mean and variance of each
-    example over height, width and the channels of a group; Wu and He, "Group
-    Normalization" (ECCV 2018). Two parameters per channel and no running statistics;
-    the pass over the activation for the moments is there in inference too, so it does
-    not fold into the convolution. Use it where the micro-batch is small, down to one
-    image: no example depends on another.
+    r"""Normalises each example by the moments of its groups of channels, as Flax does.
 
-    `nn.GroupNorm` over Signals: attributes, variables and values are Flax's. What a
-    channel's moments over the micro-batch are after it is not known, so the state ends.
+    $$
+    y = \gamma \, \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta
+    $$
+
+    $\mu_{ng}$ and $\sigma_{ng}^2$ are the mean and variance of example $n$ over height,
+    width and the channels of group $g$. $\gamma$ and $\beta$ are ``scale`` and
+    ``bias``.
+
+    Source:
+        Wu and He, "Group Normalization" (ECCV 2018). Attributes, variables and values
+        are those of `nn.GroupNorm`, here over Signals.
+
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: none stored.
+        - Passes: two over the activation for the moments, as the variance is centred.
+        - Inference: the same passes, so it does not fold into a convolution.
+
+    When to use:
+        Where the micro-batch is small, down to one image: no example depends on
+        another.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``.
+
+    State:
+        Ends. What a channel's moments over the micro-batch are is not known.
 
     Attributes:
+        use_fast_variance: True takes the variance in one pass, as Flax does.
         use_running_average: accepted, here and in the call, so that networks can use
             any normaliser alike, and unused: statistics are those of each example, also
             in inference.
+
+    Raises:
+        ValueError: a number or size of groups that does not divide the channels; values
+            that are complex.
     """
 
     use_fast_variance: bool = False
@@ -98,24 +151,76 @@ class GroupNorm(Unfiltered, nn.GroupNorm):
 
 
 class LayerNorm(GroupNorm):
-    """`GroupNorm` of one group: mean and variance of each example over height, width
-    and all channels, scale and bias per channel; Ba, Kiros and Hinton, "Layer
-    Normalization" (2016), as Wu and He (2018) compare with on images (`nn.LayerNorm`
-    takes the moments of each pixel by itself). It costs what `GroupNorm` does. Use it
-    as that one's simplest case, without a number of groups to choose; in recurrent
-    networks and transformers, where it comes from, it is the rule.
+    r"""Normalises each example by its moments over all channels.
+
+    $$
+    y = \gamma \, \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta
+    $$
+
+    $\mu_n$ and $\sigma_n^2$ are the mean and variance of example $n$ over height, width
+    and all channels. $\gamma$ and $\beta$ are ``scale`` and ``bias``, one each a
+    channel. It is `GroupNorm` of one group.
+
+    Source:
+        Ba, Kiros and Hinton, "Layer Normalization" (2016), in the form that Wu and He
+        (2018) compare with on images. `nn.LayerNorm` takes the moments of each pixel by
+        itself.
+
+    Cost:
+        That of `GroupNorm`.
+
+    When to use:
+        As the simplest case of `GroupNorm`: there is no number of groups to choose. In
+        recurrent networks and transformers, where it comes from, it is the rule.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``.
+
+    State:
+        Ends, as that of `GroupNorm`.
+
+    Attributes are those of `GroupNorm`.
+
+    Raises:
+        ValueError: as in `GroupNorm`.
     """
 
     num_groups: int | None = 1
 
 
 class InstanceNorm(GroupNorm):
-    """`GroupNorm` of one channel per group: mean and variance of each example and
-    channel over height and width; Ulyanov, Vedaldi and Lempitsky, "Instance
-    Normalization: The Missing Ingredient for Fast Stylization" (2016). It costs what
-    `GroupNorm` does. Use it where an image's contrast is to be removed, as in style
-    transfer; a classifier loses with it what the strengths of the channels tell, and
-    all of the input where a map is 1x1.
+    r"""Normalises each channel of each example by its own moments.
+
+    $$
+    y = \gamma \, \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta
+    $$
+
+    $\mu_{nc}$ and $\sigma_{nc}^2$ are the mean and variance of example $n$ and channel
+    $c$ over height and width. $\gamma$ and $\beta$ are ``scale`` and ``bias``. It is
+    `GroupNorm` of one channel per group.
+
+    Source:
+        Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient
+        for Fast Stylization" (2016).
+
+    Cost:
+        That of `GroupNorm`.
+
+    When to use:
+        Where an image's contrast is to be removed, as in style transfer. A classifier
+        loses with it what the strengths of the channels tell, and all of the input
+        where a map is 1x1.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``.
+
+    State:
+        Ends, as that of `GroupNorm`.
+
+    Attributes are those of `GroupNorm`.
+
+    Raises:
+        ValueError: as in `GroupNorm`.
     """
 
     num_groups: int | None = None
@@ -123,19 +228,45 @@ class InstanceNorm(GroupNorm):
 
 
 class FrozenBatchNorm(BatchNorm):
-    """`BatchNorm` that in training too normalises by its running statistics, and never
-    moves them: y = a x + b per channel with a = scale / sqrt(var + epsilon) and b =
-    bias - a mean, of which scale and bias train; He et al., "Deep Residual Learning for
-    Image Recognition" (CVPR 2016, appendix A), who keep these constant too (leave them
-    out of the optimiser for that). Variables are those of `BatchNorm`; it costs no pass
-    for moments, in training or inference. Use it to fine-tune a network
-    pre-trained with batch norm on micro-batches too small for statistics, as in
-    detection; from scratch it normalises nothing, as its statistics stay 0 and 1.
+    r"""Normalises by running statistics that never move, in training too.
 
-    It hands on what it is told, moved by a and b: exact.
+    $$
+    y = a x + b, \qquad
+    a = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}, \qquad b = \beta - a \mu
+    $$
+
+    $\mu$ and $\sigma^2$ are the running ``mean`` and ``var``. $\gamma$ and $\beta$,
+    ``scale`` and ``bias``, train.
+
+    Source:
+        He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016, appendix
+        A). They keep $\gamma$ and $\beta$ constant too: leave them out of the optimiser
+        for that.
+
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: 2 C running ones, which stay as they are.
+        - Passes: none for moments, in training or inference.
+        - Inference: it folds into the convolution before it.
+
+    When to use:
+        To fine-tune a network pre-trained with batch norm on micro-batches too small
+        for statistics, as in detection. From scratch it normalises nothing: its
+        statistics stay 0 and 1.
+
+    Variables:
+        Those of `BatchNorm`.
+
+    State:
+        Hands on what it is told, moved by $a$ and $b$: exact.
+
+    Attributes are those of `BatchNorm`, but:
 
     Attributes:
         use_running_average: accepted and unused, here and in the call.
+
+    Raises:
+        ValueError: an attribute outside its range; values that are complex.
     """
 
     def __post_init__(self):

@@ -24,34 +24,64 @@ from kalman_flax.layers.signal import Signal
 
 
 class MovingAverageBatchNorm(Unfiltered, Normalizer):
-    """MABN: y = scale r z + bias with z = x / sqrt(M + epsilon), where M is the mean of
-    E[x^2] over the last `window` micro-batches, and r = clip(sqrt(M + epsilon) /
-    sqrt(running + epsilon), 1 / max_renorm, max_renorm) is a constant; the gradient is
-    (g - z P) / sqrt(M + epsilon) with g = scale r dL/dy and P the mean of E[g z] over
-    the same window (Yan et al., ICLR 2020, "Towards Stabilizing Batch Statistics in
-    Backward Propagation of Batch Normalization"; constants from MABN.py of
-    megvii-model/MABN). It costs what batch normalisation does, less its centring, and
-    keeps ``(2 window + 1) C + 1`` numbers; in inference it is a scale and a bias. Use
-    it for micro-batches of few images, after convolutions with centred kernels
-    (``Conv(kernel_map=centre_kernel)``), since it does not centre what it normalises.
+    r"""Divides by a moving root mean square, and corrects the gradient likewise (MABN).
 
-    Both warm-ups are the original's: until enough has been seen, M and P are those of
-    the micro-batch alone (the exact gradient) and r is 1. The output's mean is not
-    known, so the state ends.
+    $$
+    z = \frac{x}{\sqrt{M + \epsilon}}, \qquad y = \gamma r z + \beta, \qquad
+    r = \mathrm{clip}\left(\sqrt{\frac{M + \epsilon}{m + \epsilon}},
+    \frac{1}{r_{\max}}, r_{\max}\right)
+    $$
 
-    Variables: parameters ``scale`` and ``bias``; in ``batch_stats`` the running
-    ``mean_square`` ``[C]``, which moves with M, its ``history`` ``[window, C]``, and
-    ``step``; in ``gradient_stats`` the ``history`` of E[g z], whose gradient is its
-    next value. Whoever trains must differentiate with respect to it and store what
-    comes. Where the collection is not passed to `apply`, it counts as zeros.
+    $$
+    \frac{\partial L}{\partial x} = \frac{g - z P}{\sqrt{M + \epsilon}}, \qquad
+    g = \gamma r \frac{\partial L}{\partial y}
+    $$
 
-    Replicas: they share the step, so all write one slot, and their average is the mean
-    over their micro-batches, where the original keeps each device's own; only the
-    current slot is a replica's own. E[g z] is in the units of the gradient g that
-    flows, 1 / R of a single device's where the loss is a mean over R replicas: right
-    for the g it corrects, as long as R (and any scale of the loss) stays the same.
+    $M$ is the mean of $E[x^2]$ over the last `window` micro-batches, and $P$ that of
+    $E[g z]$ over the same. $m$ is the running ``mean_square`` before this step, which
+    moves with $M$. $r$ is a constant to the gradient, $r_{\max}$ is `max_renorm`.
+    $\gamma$ and $\beta$ are ``scale`` and ``bias``.
+
+    Until enough has been seen, $M$ and $P$ are those of the micro-batch alone, which
+    gives the exact gradient, and $r$ is 1.
+
+    Source:
+        Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of
+        Batch Normalization" (ICLR 2020). Constants are from MABN.py of
+        megvii-model/MABN, and so are both warm-ups.
+
+        One thing differs. Replicas share the step, so all write one slot, and their
+        average is the mean over their micro-batches. The original keeps each device's
+        own. Here only the current slot is a replica's own.
+
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: ``(2 window + 1) C + 1`` numbers.
+        - Passes: those of batch norm, less its centring.
+        - Inference: a scale and a bias.
+
+    When to use:
+        For micro-batches of few images, after convolutions with centred kernels
+        (``Conv(kernel_map=centre_kernel)``), since it does not centre what it
+        normalises.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``; in ``batch_stats`` the running
+        ``mean_square``, ``[C]``, the ``history`` of $E[x^2]$, ``[window, C]``, and
+        ``step``; in ``gradient_stats`` the ``history`` of $E[g z]$, ``[window, C]``,
+        whose gradient is its next value. Whoever trains must differentiate with respect
+        to it and store what comes. Where the collection is not passed to `apply`, it
+        counts as zeros.
+
+        $E[g z]$ is in the units of the gradient g that flows: 1 / R of a single
+        device's where the loss is a mean over R replicas. That is right for the g it
+        corrects, as long as R, and any scale of the loss, stays the same.
+
+    State:
+        Ends. The mean of its output is not known.
 
     Attributes:
+        axis: of the channels.
         momentum: what the running statistic keeps in a step.
         axis_name: share E[x^2] and E[g z] over this mapped axis; None leaves each
             device its own. Take the gradient inside the mapped function: JAX does not

@@ -24,40 +24,78 @@ from kalman_flax.layers.signal import Signal
 
 
 class OnlineNorm(Unfiltered, Normalizer):
-    """Normalises each image by the mean and variance of those before it, y = (x - mean)
-    / sqrt(var + epsilon), which it then moves, with a = `alpha_forward` and the image's
-    moments m and s: var <- a var + (1 - a) s + a (1 - a) (m - mean)^2, mean <- a mean +
-    (1 - a) m; puts out scale y + bias, divided by its root mean square over the image;
-    and controls the gradient by the errors u and v that it accumulates, with b =
-    1 - `alpha_backward`: h = g - b v y, v <- v + E[h y], k = h / sqrt(var + epsilon) -
-    b u, u <- u + E[k], where k is the gradient of x (Chiley et al., NeurIPS 2019,
-    "Online Normalization for Training Neural Networks"; constants from
-    Cerebras/online-normalization, layer scaling as in its experiments). It costs about
-    what batch normalisation does, and scans of ``[C]`` vectors over the images of a
-    micro-batch; keeps 4 C numbers. Use it where micro-batches may be of one image.
+    r"""Normalises each image by statistics that stream through those before it.
 
-    Variables: parameters ``scale`` and ``bias``; in ``batch_stats`` the
-    ``streaming_mean`` and ``streaming_var``; in ``gradient_stats`` ``u`` and ``v``,
-    whose gradients are their next values; all ``[C]``. Whoever trains must
-    differentiate with respect to those and store what comes. Where the collection is
-    not passed to `apply`, it counts as zeros. What a channel's moments over the
-    micro-batch are is not known, so the state ends.
+    $$
+    y_t = \frac{x_t - \mu_{t-1}}{\sqrt{\sigma_{t-1}^2 + \epsilon}}, \qquad
+    z_t = \frac{\gamma y_t + \beta}
+    {\sqrt{\mathrm{E}[(\gamma y_t + \beta)^2] + \epsilon}}
+    $$
 
-    Replicas: R of them run R streams from one state and average where they end, where
-    the paper has one stream. So 1 / (1 - alpha) counts the images of one replica, R
-    times as many in all: take ``alpha**R`` for the paper's horizon. The mean of u and
-    v still is the sum of all errors / R, which keeps it bounded as the paper proves;
-    of the variance the average drops that between the new means, some (1 - a)^2 of the
-    images'. u and v have the units of the gradients that flow, 1 / R of a single
-    device's where the loss is a mean over R replicas: right for those they correct, as
-    long as R (and any scale of the loss) stays the same.
+    $$
+    \sigma_t^2 = a \sigma_{t-1}^2 + (1 - a) s_t + a (1 - a) (m_t - \mu_{t-1})^2, \qquad
+    \mu_t = a \mu_{t-1} + (1 - a) m_t
+    $$
+
+    $m_t$ and $s_t$ are the mean and variance of a channel in image $t$, $a$ is
+    `alpha_forward`. $z$ is what it puts out: the mean square is over the image, all
+    channels included. $\gamma$ and $\beta$ are ``scale`` and ``bias``. The gradient $g$
+    of $y$ becomes that of $x$, $k$, by the errors $v$ and $u$ that it accumulates, with
+    $b$ = 1 - `alpha_backward`:
+
+    $$
+    h_t = g_t - b v_{t-1} y_t, \qquad v_t = v_{t-1} + \mathrm{E}[h_t y_t]
+    $$
+
+    $$
+    k_t = \frac{h_t}{\sqrt{\sigma_{t-1}^2 + \epsilon}} - b u_{t-1}, \qquad
+    u_t = u_{t-1} + \mathrm{E}[k_t]
+    $$
+
+    Source:
+        Chiley et al., "Online Normalization for Training Neural Networks" (NeurIPS
+        2019). Constants are from Cerebras/online-normalization, layer scaling is as in
+        its experiments.
+
+        One thing differs. R replicas run R streams from one state and average where
+        they end, where the paper has one stream. So 1 / (1 - alpha) counts the images
+        of one replica, R times as many in all: take ``alpha**R`` for the paper's
+        horizon. The mean of u and v still is the sum of all errors / R, which keeps it
+        bounded as the paper proves. Of the variance the average drops that between the
+        new means, some (1 - a)^2 of the images'.
+
+    Cost:
+        - Parameters: 2 C.
+        - Statistics: 4 C numbers.
+        - Passes: about those of batch norm, and scans of ``[C]`` vectors over the
+          images of a micro-batch.
+        - Inference: a scale and a bias from the streaming statistics; with layer
+          scaling a pass over each image for its mean square.
+
+    When to use:
+        Where micro-batches may be of one image.
+
+    Variables:
+        Parameters ``scale`` and ``bias``; in ``batch_stats`` the ``streaming_mean`` and
+        ``streaming_var``; in ``gradient_stats`` ``u`` and ``v``, whose gradients are
+        their next values; all ``[C]``. Whoever trains must differentiate with respect
+        to those and store what comes. Where the collection is not passed to `apply`, it
+        counts as zeros.
+
+        u and v have the units of the gradients that flow: 1 / R of a single device's
+        where the loss is a mean over R replicas. That is right for those they correct,
+        as long as R, and any scale of the loss, stays the same.
+
+    State:
+        Ends. What a channel's moments over the micro-batch are is not known.
 
     Attributes:
+        axis: of the channels.
         epsilon: added to the variance, and to the mean square of layer scaling.
         alpha_forward: decay of mean and variance at each image.
         alpha_backward: the same of the errors in the gradient.
-        layer_scaling: divide the output by its root mean square; without it this is
-            the paper's algorithm alone, whose errors grow from layer to layer.
+        layer_scaling: divide the output by its root mean square; without it this is the
+            paper's algorithm alone, whose errors grow from layer to layer.
 
     Raises:
         ValueError: a decay outside [0, 1).

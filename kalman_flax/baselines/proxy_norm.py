@@ -18,23 +18,51 @@ from kalman_flax.layers.signal import Signal
 
 
 class ProxyNorm(Unfiltered, Normalizer):
-    """y = (phi(scale n + bias) - m) / sqrt(v + proxy_epsilon), where n is x normalised
-    by the moments of each example's groups of channels, and m and v are the mean and
-    variance of phi(scale z + bias) for the proxy z ~ N(proxy_bias, (1 +
-    proxy_scale)^2); Labatie et al., "Proxy-Normalizing Activations to Match Batch
-    Normalization while Removing Batch Dependence" (NeurIPS 2021), with group norm;
-    epsilon and initial values from graphcore/examples. So each channel of the
-    activation has mean 0 and variance 1, as far as its n is Gaussian, without a look at
-    other examples. That code takes m and v from 200 quantiles of z; here they are in
-    closed form, the filter's own prediction through phi. It has its nonlinearity in it,
-    so no activation follows. It costs what group norm does, four parameters per
-    channel, and arithmetic on ``[C]`` vectors. Use it, at any micro-batch size, in the
-    place of group norm and activation.
+    r"""Group norm, activation, and normalisation by what a Gaussian proxy predicts.
 
-    In that code the two proxy parameters decay as the weights do, scale and bias not.
+    $$
+    y = \frac{\phi(\gamma n + \beta) - m}{\sqrt{v + \epsilon_p}}, \qquad
+    n = \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}}
+    $$
 
-    Channels come last. What a channel's moments over the micro-batch are is not known,
-    so the state ends. Attributes mean what they do in `nn.GroupNorm`, and:
+    $$
+    m = \mathrm{E}[\phi(\gamma z + \beta)], \qquad
+    v = \mathrm{Var}[\phi(\gamma z + \beta)], \qquad
+    z \sim N\left(\tilde{\beta}, (1 + \tilde{\gamma})^2\right)
+    $$
+
+    $\mu_{ng}$ and $\sigma_{ng}^2$ are the moments of each example's groups of channels.
+    $\phi$ is `activation`, $\epsilon_p$ is `proxy_epsilon`. $\gamma$ and $\beta$ are
+    ``scale`` and ``bias``, $\tilde{\gamma}$ and $\tilde{\beta}$ are ``proxy_scale`` and
+    ``proxy_bias``. So each channel of the activation has mean 0 and variance 1, as far
+    as its $n$ is Gaussian, without a look at other examples. It has its nonlinearity in
+    it, so no activation follows.
+
+    Source:
+        Labatie et al., "Proxy-Normalizing Activations to Match Batch Normalization
+        while Removing Batch Dependence" (NeurIPS 2021), with group norm. Epsilon and
+        initial values are from graphcore/examples. That code takes m and v from 200
+        quantiles of z. Here they are the filter's own prediction through phi, in closed
+        form for the ReLU. In that code the two proxy parameters decay as the weights
+        do, scale and bias not.
+
+    Cost:
+        - Parameters: 4 C.
+        - Statistics: none stored.
+        - Passes: those of group norm, and arithmetic on ``[C]`` vectors.
+        - Inference: the same as training.
+
+    When to use:
+        In the place of group norm and activation, at any micro-batch size.
+
+    Variables:
+        Parameters ``scale``, ``bias``, ``proxy_scale`` and ``proxy_bias``, ``[C]``; the
+        last two start at 0.
+
+    State:
+        Ends. What a channel's moments over the micro-batch are is not known.
+
+    Attributes mean what they do in `nn.GroupNorm`. Channels come last. Besides:
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,
@@ -45,7 +73,8 @@ class ProxyNorm(Unfiltered, Normalizer):
         activation: phi, a function of Signals, such as ``kf.activation(nn.gelu)``.
 
     Raises:
-        ValueError: num_groups does not divide the channels.
+        ValueError: num_groups does not divide the channels; an activation that loses
+            the state.
     """
 
     num_groups: int = 32

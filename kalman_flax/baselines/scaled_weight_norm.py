@@ -21,18 +21,34 @@ _RELU_GAIN = math.sqrt(2.0 / (1.0 - 1.0 / math.pi))
 
 
 class ScaledStandardization(nn.Module):
-    """W -> g (W - mean) / sqrt(max(n var, epsilon)), with mean and biased variance of
-    each output feature over its n = h w C weights and the learned gain g, from 1;
-    Brock, De and Smith, "Characterizing signal propagation to close the performance gap
-    in unnormalized ResNets" (ICLR 2021; epsilon from deepmind-research/nfnets). Where
-    the inputs are independent, all of one mean and of variance 1, the outputs have mean
-    0 and variance g^2: with `scaled_relu` between convolutions it stays 1 through a
-    network, and nothing has to be normalised. One parameter per feature, arithmetic on
-    kernels alone, and nothing left of it in inference, where the kernel can be computed
-    once.
+    r"""Standardises kernels so that a network needs no normaliser.
 
-    It is the `kernel_map` of a `scaled_weight_conv`, whose gain is ``kernel_map/gain``
-    beside the kernel.
+    $$
+    W' = g \, \frac{W - \mathrm{mean}(W)}{\sqrt{\max(n \, \mathrm{var}(W), \epsilon)}}
+    $$
+
+    Mean and biased variance are of each output feature, over its $n = h w C$ weights.
+    $g$ is the learned gain. Where the inputs are independent, all of one mean and of
+    variance 1, the outputs have mean 0 and variance $g^2$. With `scaled_relu` between
+    convolutions it stays 1 through a network, and nothing has to be normalised.
+
+    Source:
+        Brock, De and Smith, "Characterizing signal propagation to close the performance
+        gap in unnormalized ResNets" (ICLR 2021). Epsilon is from
+        deepmind-research/nfnets.
+
+    Cost:
+        - Parameters: one per feature.
+        - Statistics: none.
+        - Passes: none over activations, only arithmetic on kernels.
+        - Inference: nothing is left of it, as the kernel can be computed once.
+
+    When to use:
+        As the `kernel_map` of a `scaled_weight_conv`.
+
+    Variables:
+        Parameter ``gain``, ``[features]``, which starts at 1: in a convolution
+        ``kernel_map/gain`` beside the kernel.
 
     Attributes:
         epsilon: the least of n var.
@@ -58,10 +74,12 @@ class ScaledStandardization(nn.Module):
 def scaled_weight_conv(
     features: int, kernel_size: Sequence[int], **options: Any
 ) -> Conv:
-    """`Conv` whose kernel goes through `ScaledStandardization`. Use it with `Bias`
-    where a network asks for a normaliser and `scaled_relu` for its activation, best in
-    `NFResNet`, which weighs its branches accordingly; in other residual networks each
-    block adds its full variance to the stream.
+    """`Conv` whose kernel goes through `ScaledStandardization`.
+
+    When to use:
+        With `Bias` where a network asks for a normaliser, and `scaled_relu` for its
+        activation. Best in `NFResNet`, which weighs its branches accordingly. In other
+        residual networks each block adds its full variance to the stream.
 
     Args:
         features, kernel_size: as in `Conv`.

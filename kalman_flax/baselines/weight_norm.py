@@ -26,26 +26,47 @@ def weight_norm_conv(
     name: str | None = None,
     **options: Any,
 ) -> nn.WeightNorm:
-    """`Conv` whose kernel is w = g v / |v|, with the length g of each output feature
-    and the direction of v learned apart; Salimans and Kingma, "Weight Normalization: A
-    Simple Reparameterization to Accelerate Training of Deep Neural Networks" (NIPS
-    2016). One parameter g per feature, arithmetic on the kernels alone, nothing stored
-    of activations, and nothing left of it in inference, where w can be computed once.
-    Use it, with `Bias` where a network asks for a normaliser, where examples must not
-    depend on one another and speed counts, e.g. in reinforcement learning or generative
-    models. Expect to lower the learning rate: on ImageNet ResNet-50 was less stable
-    with it and some 6 % less accurate than with batch norm (Gitman and Ginsburg, 2017).
+    r"""`Conv` whose kernels have a learned length, apart from their direction.
 
-    It is `nn.WeightNorm` around `Conv`, so it predicts with w. Parameters: ``kernel``,
-    v, under ``layer_instance``, and ``layer_instance/kernel/scale``, g. Flax stores v
-    at the length of g, so that the directions are all it takes from `kernel_init`.
+    $$
+    w = g \, \frac{v}{\lVert v \rVert}
+    $$
 
-    The paper initialises g from a batch, such that every output has variance 1. Here,
-    where networks are initialised without data, g starts at a number. A ReLU halves the
-    second moment, so that a residual block of two convolutions adds g^4 / 4 to the
-    variance of the stream: nothing to speak of with 0.5. With 1, Flax's default, it is
-    a quarter, and with sqrt(2), the length of He's kernels, all of it: networks without
-    normalisers then need a far smaller learning rate, or diverge.
+    $g$ is the length, and $v$ the direction, of each output feature.
+
+    Source:
+        Salimans and Kingma, "Weight Normalization: A Simple Reparameterization to
+        Accelerate Training of Deep Neural Networks" (NIPS 2016). It is `nn.WeightNorm`
+        around `Conv`, so it predicts with w.
+
+        The paper initialises g from a batch, such that every output has variance 1.
+        Here, where networks are initialised without data, g starts at a number. A ReLU
+        halves the second moment, so a residual block of two convolutions adds g^4 / 4
+        to the variance of the stream. With 0.5 that is nothing to speak of. With 1,
+        Flax's default, it is a quarter. With sqrt(2), the length of He's kernels, it is
+        all of it: networks without normalisers then need a far smaller learning rate,
+        or diverge.
+
+    Cost:
+        - Parameters: one per feature, g.
+        - Statistics: none; nothing is stored of activations.
+        - Passes: none over activations, only arithmetic on kernels.
+        - Inference: nothing is left of it, as w can be computed once.
+
+    When to use:
+        Where examples must not depend on one another and speed counts, e.g. in
+        reinforcement learning or generative models, with `Bias` where a network asks
+        for a normaliser. Expect to lower the learning rate. On ImageNet, ResNet-50 was
+        less stable with it and some 6 % less accurate than with batch norm (Gitman and
+        Ginsburg, 2017).
+
+    Variables:
+        Parameters ``kernel``, v, under ``layer_instance``, and
+        ``layer_instance/kernel/scale``, g. Flax stores v at the length of g, so that
+        the directions are all it takes from `kernel_init`.
+
+    State:
+        Hands on that of `Conv` with the kernel w.
 
     Args:
         features, kernel_size: as in `Conv`.
@@ -67,17 +88,44 @@ def weight_norm_conv(
 
 
 class Bias(Unfiltered, nn.Module):
-    """y = x + bias per channel, what is left of batch norm after weight normalisation
-    (Salimans and Kingma, 2016), whose g takes the place of the scale. One parameter per
-    channel, no statistics. Use it as the normaliser next to `weight_norm_conv`, or to
-    see what a network does without normalisers.
+    r"""Adds a bias per channel: what is left of batch norm after weight normalisation.
 
-    It hands on what it is told, moved by the bias: exact.
+    $$
+    y = x + \beta
+    $$
+
+    $\beta$ is ``bias``.
+
+    Source:
+        Salimans and Kingma, "Weight Normalization: A Simple Reparameterization to
+        Accelerate Training of Deep Neural Networks" (NIPS 2016). There g of the kernel
+        takes the place of the scale.
+
+    Cost:
+        - Parameters: C.
+        - Statistics: none.
+        - Passes: none for moments.
+        - Inference: an addition.
+
+    When to use:
+        As the normaliser next to `weight_norm_conv`, or to see what a network does
+        without normalisers.
+
+    Variables:
+        Parameter ``bias``, ``[C]``.
+
+    State:
+        Hands on what it is told, moved by the bias: exact.
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
-        dtype, param_dtype, bias_init: as in `nn.BatchNorm`.
+        dtype: as in `nn.BatchNorm`.
+        param_dtype: as in `nn.BatchNorm`.
+        bias_init: as in `nn.BatchNorm`.
+
+    Raises:
+        ValueError: a dtype that is not of floats; values that are complex.
     """
 
     use_running_average: bool | None = None

@@ -26,32 +26,66 @@ from kalman_flax.layers.signal import Signal, as_signal, state_of
 
 
 class GroupKalmanNorm(FilterParameters, nn.Module):
-    """Normalises each example's groups of channels by the Kalman estimate of their mean
-    and variance (GKN: Wang et al., "Kalman Normalization", NeurIPS 2018, Eq. 6 and 7 on
-    the sets of Eq. 8). Costs one scalar more than `nn.GroupNorm`, the gain, and moves a
-    state ``[N, C]`` through the network, about 1 / (H W) of its convolutions; stores no
-    statistics: inference does what training does, with the statistics of the example.
-    Use it where group norm would be used and the state is known.
+    r"""Normalises each example's groups by the Kalman estimate of their moments.
 
-    It filters every channel of every example, and takes from these the moments of the
-    group (`predict_group`). That is the update of the group itself, by either rule of
-    `update`, by what was predicted and observed of it, and in addition it tells
-    what the channels are after normalisation: the group as a whole has mean 0 and
-    variance 1, but a channel in it has gamma (mu_c - mu_group) / sigma_group + beta and
-    (gamma sigma_c / sigma_group)^2. That is the state handed on. The paper's equations
-    carry the moments of the group for every channel in it: ``propagate="raw"``.
+    $$
+    \hat{\mu}_c = p \, \mu_{\mathrm{pred}} + q \, \bar{x}_{nc}, \qquad
+    \hat{\Sigma}_c = p \, (\Sigma_{\mathrm{pred}} + R) + q \, S_{nc}
+    + p \, q \, (\bar{x}_{nc} - \mu_{\mathrm{pred}})^2
+    $$
+
+    $$
+    y = \gamma \, \frac{x - \hat{\mu}_g}{\sqrt{\hat{\Sigma}_g + \epsilon}} + \beta
+    $$
+
+    $\bar{x}_{nc}$ and $S_{nc}$ are the moments of channel $c$ of example $n$.
+    $\hat{\mu}_g$ and $\hat{\Sigma}_g$ are those of the group, from its channels
+    (`predict_group`). $q$ is the gain, $p = 1 - q$, $R$ the process noise. $\gamma$ and
+    $\beta$ are ``scale`` and ``bias``. The formula is that of the rule "mixture".
+
+    That is the update of the group itself, by either rule of `update`, by what was
+    predicted and observed of it. In addition it tells what each channel is after
+    normalisation.
 
     On a plain array, a Signal of unknown state, or with gain 1 it is `nn.GroupNorm`,
-    and hands on the moments of its output as they are. (A max-pool before the first of
-    these layers observes the whole micro-batch: start with a norm.) Attributes mean
-    what they do in `nn.GroupNorm`, and so do the parameters ``scale`` and ``bias``.
-    Besides:
+    and hands on the moments of its output as they are. A max-pool before the first of
+    these layers observes the whole micro-batch: start with a norm.
+
+    Source:
+        GKN of Wang et al., "Kalman Normalization" (NeurIPS 2018): Eq. 6 and 7 on the
+        sets of Eq. 8. The paper's equations carry the moments of the group for every
+        channel in it: ``propagate="raw"``.
+
+    Cost:
+        - Parameters: one scalar more than `nn.GroupNorm`, the gain; with `noise` C
+          more.
+        - Statistics: none stored.
+        - Passes: those of group norm. A state ``[N, C]`` moves through the network,
+          which costs about 1 / (H W) of its convolutions.
+        - Inference: the same as training, with the statistics of the example.
+
+    When to use:
+        Where group norm would be used and the state is known.
+
+    Variables:
+        Parameters ``scale`` and ``bias``, ``[C]``, as in `nn.GroupNorm`, and ``gain``;
+        with `noise` a parameter ``noise``, ``[C]``.
+
+    State:
+        Hands on the moments of each channel of its output. The group as a whole has
+        mean 0 and variance 1, but a channel in it has mean $\gamma (\hat{\mu}_c -
+        \hat{\mu}_g) / \hat{\sigma}_g + \beta$ and variance $(\gamma \hat{\sigma}_c /
+        \hat{\sigma}_g)^2$, with $\hat{\sigma}^2 = \hat{\Sigma}$.
+
+    Attributes mean what they do in `nn.GroupNorm`. Besides:
 
     Attributes:
         use_running_average: accepted, so that networks can build any normaliser alike,
             and unused.
         axis: of the channels.
-        gain, learn_gain, noise: as in `KalmanNorm`.
+        gain: q, as in `KalmanNorm`.
+        learn_gain: as in `KalmanNorm`.
+        noise: R, as in `KalmanNorm`.
         rule: ``"mixture"`` or ``"paper"`` (Eq. 7), of the group, see `update`.
         propagate: ``"normalized"``: the moments of the output; or ``"raw"``: the
             filtered moments of the input, those of the group for every channel.

@@ -119,22 +119,61 @@ class FilterParameters(Affine):
 
 
 class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
-    """Normalises by the Kalman estimate of the mean and variance (paper, Eq. 6 and 7).
+    r"""Normalises by the Kalman estimate of the mean and variance.
 
-    On a Signal with a state: adds process noise R to the predicted variance, combines
-    prediction and micro-batch with the gain q (`update`), normalises by the result, and
-    hands on the state of what it put out. On a plain array, a Signal of unknown state,
-    or with gain 1 it is `nn.BatchNorm`, and it always is in inference.
+    $$
+    \hat{\mu} = p \, \mu_{\mathrm{pred}} + q \, \bar{x}, \qquad
+    \hat{\Sigma} = p \, (\Sigma_{\mathrm{pred}} + R) + q \, S
+    + p \, q \, (\bar{x} - \mu_{\mathrm{pred}})^2
+    $$
 
-    Attributes are those of `nn.BatchNorm` up to `axis_name`, and so are the variables:
-    parameters ``scale`` and ``bias``, running ``mean`` and ``var`` (of the filtered
-    moments) in ``batch_stats``, all ``[C]``. Where the collection ``intermediates`` is
-    mutable, the states ``observed``, ``predicted`` and ``filtered`` are left there.
-    Besides:
+    $$
+    y = \gamma \, \frac{x - \hat{\mu}}{\sqrt{\hat{\Sigma} + \epsilon}} + \beta
+    $$
+
+    $\mu_{\mathrm{pred}}$ and $\Sigma_{\mathrm{pred}}$ are the state that comes with the
+    Signal. $\bar{x}$ and $S$ are the mean and variance of the micro-batch. $q$ is the
+    gain, $p = 1 - q$. $R$ is the process noise, 0 by default. $\gamma$ and $\beta$ are
+    ``scale`` and ``bias``. The last term is that of the rule "mixture"; Eq. 7 is
+    without it.
+
+    On a plain array, a Signal of unknown state, or with gain 1 it is `nn.BatchNorm`,
+    and it always is in inference.
+
+    Source:
+        Wang et al., "Kalman Normalization: Normalizing Internal Representations Across
+        Network Layers" (NeurIPS 2018), Eq. 6 and 7. The defaults are ours;
+        `kalman_flax.layers.presets` has the paper's form and the authors' code beside
+        them, and says why they differ.
+
+    Cost:
+        - Parameters: 2 C as batch norm; with `learn_gain` 1 or C more, with `noise` C
+          more.
+        - Statistics: 2 C running ones, as batch norm, and a counter with `decay_steps`.
+        - Passes: those of batch norm, and arithmetic on ``[C]`` vectors.
+        - Inference: that of batch norm.
+
+    When to use:
+        Where 1 to 4 images share statistics. Trained from scratch, take centred kernels
+        (``"kalman_wc"``). Where many do, batch norm is simpler.
+
+    Variables:
+        Those of `nn.BatchNorm`: parameters ``scale`` and ``bias``, and in
+        ``batch_stats`` the running ``mean`` and ``var`` of the filtered moments, all
+        ``[C]``. With options the parameters ``gain`` and ``noise`` and, in
+        ``batch_stats``, ``steps``, ``offset``, ``ratio`` and ``weight``. Where the
+        collection ``intermediates`` is mutable, the states ``observed``, ``predicted``
+        and ``filtered`` are left there.
+
+    State:
+        Hands on the state of what it put out, mean $\beta$ and variance $\gamma^2$; see
+        `propagate`.
+
+    Attributes are those of `nn.BatchNorm` up to `axis_name`, and:
 
     Attributes:
-        gain: q, the weight of the observation in [0, 1]; the value learning starts
-            from when it is learned. The smaller, the nearer is inference to training.
+        gain: q, the weight of the observation in [0, 1]; the value learning starts from
+            when it is learned. The smaller, the nearer is inference to training.
         learn_gain: None (fixed), ``"scalar"`` (one per layer, as in the paper) or
             ``"channel"``. Adds a parameter ``gain``, the logit of q.
         noise: R: None, ``"additive"`` (Sigma_pred + R, R = softplus, from 0.01) or
@@ -158,8 +197,8 @@ class KalmanNorm(FilterParameters, Calibrated, RunningNormalizer):
             `jax.pmap`. Under plain `jax.jit` it is the whole batch, however a
             `NamedSharding` splits it over devices, and statistics are global.
         micro_batch_size: None, or the number of examples that share statistics: every
-            so many that follow each other are a replica, as if `jax.vmap` ran over
-            them and `kalman_flax.merge_running` over what they wrote. That is for plain
+            so many that follow each other are a replica, as if `jax.vmap` ran over them
+            and `kalman_flax.merge_running` over what they wrote. That is for plain
             `jax.jit` of a sharded batch: where devices hold whole micro-batches,
             statistics need no communication in training, and only the running ones
             are averaged over the devices.

@@ -74,11 +74,42 @@ PaperGroupKalmanNorm = functools.partial(
 
 
 class LiteralPaperKalmanNorm(KalmanNorm):
-    """`KalmanNorm` by Eq. 7 taken literally: the raw state is handed on.
+    r"""`KalmanNorm` by Eq. 7 taken literally: the raw state is handed on.
 
-    For evidence, not for use: it does not train in deep networks. In training it warns,
-    by a callback to the host, where it predicts variances more than 100 times too large
-    or too small, as the mean over a layer of their ratio to those observed.
+    $$
+    \hat{\mu} = p \, \mu_{\mathrm{pred}} + q \, \bar{x}, \qquad
+    \hat{\Sigma} = p \, (\Sigma_{\mathrm{pred}} + R) + q \, S
+    $$
+
+    The symbols are those of `KalmanNorm`.
+
+    Source:
+        Wang et al., "Kalman Normalization: Normalizing Internal Representations Across
+        Network Layers" (NeurIPS 2018), Eq. 6 and 7 to the letter.
+        `kalman_flax.layers.presets` shows why that is no stable filter.
+
+    Cost:
+        - Parameters: 3 C + 1: scale, bias, noise, gain.
+        - Statistics: 2 C running ones, as batch norm.
+        - Passes: those of batch norm, and arithmetic on ``[C]`` vectors.
+        - Inference: that of batch norm.
+
+    When to use:
+        For evidence, not for use: it does not train in deep networks. In training it
+        warns, by a callback to the host, where it predicts variances more than 100
+        times too large or too small, as the mean over a layer of their ratio to those
+        observed.
+
+    Variables:
+        Those of `KalmanNorm`.
+
+    State:
+        Hands on the filtered moments of its input.
+
+    Attributes are those of `KalmanNorm`, with other defaults.
+
+    Raises:
+        ValueError: as in `KalmanNorm`.
     """
 
     gain: float = 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,6 +38,13 @@ def plot(
     path: pathlib.Path, counts: np.ndarray, names: Sequence[str], title: str
 ) -> None:
     """Draws them: the colour is the share of the true class, numbers are images."""
+    with plt.style.context("train.style"):
+        figure = _draw(counts, names, title)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _draw(counts: np.ndarray, names: Sequence[str], title: str) -> Any:
     classes = len(counts)
     images = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(images, 1)  # a class may have none
@@ -58,6 +66,5 @@ def plot(
     axes.tick_params(labelsize=10 if few else 6)
     figure.colorbar(display.im_, label="share of the true class", shrink=0.8)
     axes.set(title=title, xlabel="predicted", ylabel="true")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    axes.grid(visible=False)  # lines would cross the cells
+    return figure

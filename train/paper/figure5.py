@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -14,6 +15,7 @@ from train.analysis.moments import Layers, collect, restore, variance_gaps
 from train.analysis.moments_figure import heat_map
 from train.paper import cifar, result
 from train.paper.trained import OURS, Request, Series, train_all
+from train.studies.figure import palette
 from train.studies.runs import Entry, configure
 
 TITLE = "gap of micro-batch and moving variance by layer, BN and KN, small Inception"
@@ -84,17 +86,23 @@ def _plot(
     path: pathlib.Path, gaps: dict[str, list[Gaps]], maps: dict[str, dict[str, Layers]]
 ) -> None:
     """Draws the mean gap by layer, and for each normaliser the paper's heat map."""
-    panels = 1 + len(ROWS)
+    with plt.style.context("train.style"):
+        figure = _draw(gaps, maps)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _draw(gaps: dict[str, list[Gaps]], maps: dict[str, dict[str, Layers]]) -> Any:
+    panels, colors = 1 + len(ROWS), dict(zip(reversed(ROWS), palette()))
     figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 5))
     for label, runs in gaps.items():
         for each in runs[:1]:
-            axes[0].plot(list(each.values()), ".-", label=label)
-    axes[0].set(xlabel="layer", title="mean of |var - moving| / moving", yscale="log")
+            axes[0].plot(list(each.values()), ".-", color=colors[label], label=label)
+    axes[0].set(xlabel="layer", ylabel="mean of |var - moving| / moving", yscale="log")
+    axes[0].set_title("Gap of micro-batch and moving variance, by layer")
     for axis, (label, found) in zip(axes[1:], maps.items()):
         if found:
             heat_map(axis, found, "filtered", label)
     if gaps:
         axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
