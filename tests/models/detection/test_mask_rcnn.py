@@ -75,8 +75,10 @@ INPUTS, TARGETS = scene()
 
 
 @functools.cache
-def initialised(net):
-    return jax.jit(net.init, static_argnums=2)(KEY, INPUTS, True)
+def initialised(name, pyramid=False):
+    """Variables; what is frozen makes no difference to them."""
+    init = jax.jit(build(name, pyramid).init, static_argnums=2)
+    return init(KEY, INPUTS, True)
 
 
 def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
@@ -123,7 +125,7 @@ def test_the_recipe_is_that_of_resnet50_and_its_checkpoints_fit():
 )
 def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
     net = build(name, pyramid, freeze_at=2)
-    variables = initialised(net)
+    variables = initialised(name, pyramid)
     params, stats = variables["params"], variables.get("batch_stats", {})
 
     @jax.jit
@@ -156,6 +158,35 @@ def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
         assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient[block])), block
 
 
+@pytest.mark.parametrize(
+    "name, pyramid",
+    [
+        ("batch", False),
+        pytest.param("frozen_batch", False, marks=pytest.mark.slow),
+        pytest.param("group", True, marks=pytest.mark.slow),
+        pytest.param("batch", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_padded_canvas_gives_what_its_image_does(name, pyramid):
+    net = build(name, pyramid)
+    variables = initialised(name, pyramid)
+    size = jnp.array([[50, 57]])
+    image = INPUTS["image"][:, :50, :57]
+    padded = jnp.pad(image, ((0, 0), (0, 14), (0, 7), (0, 0)))
+    infer = jax.jit(
+        lambda image: net.apply(
+            variables, {"image": image, "size": size}, False, mutable=["batch_stats"]
+        )
+    )
+    (expected, stats), (found, padded_stats) = infer(image), infer(padded)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    assert np.all(expected.labels > 0)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    jax.tree.map(close, found._replace(boxes=0), expected._replace(boxes=0))
+    jax.tree.map(close, padded_stats, stats)
+
+
 def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
     net = build("batch", pyramid=True)
     found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, INPUTS, True))
@@ -173,7 +204,7 @@ def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
 def test_with_gain_1_it_is_batch_norm():
     kalman = build("kalman", normalizer={"gain": 1.0})
     batch = build("batch")
-    variables = initialised(batch)
+    variables = initialised("batch")
     found, expected = (
         jax.jit(functools.partial(learn, net))(
             variables["params"], variables["batch_stats"]
