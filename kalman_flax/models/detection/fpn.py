@@ -175,7 +175,7 @@ class MaskRCNNFPN(MaskRCNN):
     def _anchor_sizes(self) -> list[tuple[float, ...]]:
         return [(size,) for size in self.recipe.anchor_sizes]
 
-    def _maps(self, images: jax.Array, layers: Layers) -> list[Signal]:
+    def _maps(self, images: Signal, layers: Layers) -> list[Signal]:
         conv_norm = functools.partial(layers.conv_norm, features=self.pyramid_channels)
         above, maps = None, []
         stages = self._stages(images, layers, 4)

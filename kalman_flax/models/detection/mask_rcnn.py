@@ -68,7 +68,8 @@ class MaskRCNN(Normalized):
     that its checkpoints load by name. Stages 1 to 3 look at the image, and stage 4 at
     14x14 crops of their map. All images of one call share statistics, as all of one
     `BottleneckResNet` call do; `jax.vmap` over several such micro-batches. In the last
-    stage, all regions of those images share them. The region proposal network and the
+    stage, all regions of those images share them; what lies on the canvas beside an
+    image, and slots without a region, do not count. The region proposal network and the
     two small heads have no normaliser.
 
     Convolutions and norms of frozen stages are those of inference: by running
@@ -196,21 +197,23 @@ class MaskRCNN(Normalized):
         """Makes all layers, which Flax wants of one method; both others go on."""
         recipe, size = self.recipe, inputs["size"]
         layers = self._layers(use_running_average)
-        maps = self._maps(inputs["image"], layers)
+        image = inputs["image"]
+        valid = valid_cells(size, image.shape[1:3], stride=1)[..., None]
+        maps = self._maps(Signal(image, self.input_state, valid), layers)
         describe, outline = self._looks(maps, size, layers)
         per_cell = len(self._anchor_sizes[0]) * len(recipe.anchor_ratios)
         rpn = RPNHead(recipe.rpn_channels, per_cell, self.dtype, name="rpn")
         objectness, deltas = rpn([x.value for x in maps])
-        anchors, valid = [], []
+        anchors, in_image = [], []
         for x, stride, sizes in zip(maps, self.strides, self._anchor_sizes):
             shape = x.shape[1:3]
             of_map = make_anchors(shape, stride, sizes, recipe.anchor_ratios)
             cells = valid_cells(size, shape, stride).reshape(len(size), -1)
             anchors.append(of_map.reshape(-1, 4))
-            valid.append(jnp.repeat(cells, of_map.shape[2], axis=1))
+            in_image.append(jnp.repeat(cells, of_map.shape[2], axis=1))
         return Parts(
             anchors,
-            valid,
+            in_image,
             objectness,
             deltas,
             describe,
@@ -265,13 +268,13 @@ class MaskRCNN(Normalized):
             stride_in_1x1=self.stride_in_1x1,
         )
 
-    def _maps(self, images: jax.Array, layers: Layers) -> list[Signal]:
+    def _maps(self, images: Signal, layers: Layers) -> list[Signal]:
         """What the region proposal network looks at: the map of stage 3."""
         return self._stages(images, layers, 3)[-1:]
 
-    def _stages(self, images: jax.Array, layers: Layers, last: int) -> list[Signal]:
+    def _stages(self, x: Signal, layers: Layers, last: int) -> list[Signal]:
         """The maps of the stages up to the `last`."""
-        x, maps = Signal(images, self.input_state), []
+        maps = []
         for number in range(last + 1):
             frozen = number < self.freeze_at
             of = self._layers(use_running_average=True) if frozen else layers
@@ -282,7 +285,7 @@ class MaskRCNN(Normalized):
                     x = block(x)
             if number == self.freeze_at - 1:
                 value = lax.stop_gradient(x.value)
-                x = x.replace(value=value, state=observe(value))
+                x = x.replace(value=value, state=observe(value, mask=x.valid))
             maps.append(x)
         return maps[1:]
 
@@ -324,9 +327,10 @@ class MaskRCNN(Normalized):
     ) -> Signal:
         """Crops ``[N, R, h, w, C]`` of maps of that state, one after the other."""
         crops = crops.reshape(-1, *crops.shape[2:])
+        valid = used.reshape(-1, 1, 1, 1)
         if self.roi_state == "observe":
-            state = observe(crops, mask=used.reshape(-1, 1, 1, 1))
-        return Signal(crops, state if self.roi_state != "none" else None)
+            state = observe(crops, mask=valid)
+        return Signal(crops, state if self.roi_state != "none" else None, valid)
 
 
 def valid_cells(size: jax.Array, map_size: Sequence[int], stride: int) -> jax.Array:

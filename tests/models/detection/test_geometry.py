@@ -16,6 +16,13 @@ from scipy import ndimage
 
 from kalman_flax.models.detection import boxes, fpn, matching, nms, roi_align
 
+iou, encode, decode = map(jax.jit, (boxes.iou, boxes.encode, boxes.decode))
+label_anchors = jax.jit(
+    functools.partial(
+        matching.label_anchors, positive=0.7, negative=0.3, crowd_overlap=0.7
+    )
+)
+
 VECTORS = dict(np.load(pathlib.Path(__file__).parents[2] / "reference/torchvision.npz"))
 KEY = jax.random.key(0)
 
@@ -62,25 +69,25 @@ def test_anchors_are_rounded_as_those_that_py_faster_rcnn_prints():
 
 def test_coder_is_that_of_torchvision_and_its_own_inverse():
     ours, anchors = VECTORS["boxes"], VECTORS["box_anchors"]
-    deltas = boxes.encode(ours, anchors)
+    deltas = encode(ours, anchors)
     np.testing.assert_allclose(deltas, VECTORS["deltas"], atol=2e-6)
-    np.testing.assert_allclose(boxes.decode(deltas, anchors), ours, atol=1e-4)
-    decoded = boxes.decode(VECTORS["far"], anchors)
+    np.testing.assert_allclose(decode(deltas, anchors), ours, atol=1e-4)
+    decoded = decode(VECTORS["far"], anchors)
     np.testing.assert_allclose(decoded, VECTORS["decoded"], rtol=1e-5, atol=1e-3)
     assert np.max(VECTORS["far"]) > boxes.MAX_LOG_SCALE  # some are clipped
 
 
 def test_empty_boxes_are_finite():
     empty = jnp.zeros((1, 4))
-    assert boxes.iou(empty, empty) == 0
-    for encoded in (boxes.encode(empty, empty), boxes.encode(empty, empty + 3)):
+    assert iou(empty, empty) == 0
+    for encoded in (encode(empty, empty), encode(empty, empty + 3)):
         assert jnp.all(jnp.isfinite(encoded))
 
 
 def test_iou_and_clip():
     rng = np.random.default_rng(0)
     first, second = random_boxes(rng, 12), random_boxes(rng, 9)
-    found = boxes.iou(*map(jnp.float32, (first, second)))
+    found = iou(*map(jnp.float32, (first, second)))
     np.testing.assert_allclose(found, overlaps(first, second), atol=1e-6)
     clipped = boxes.clip(
         jnp.float32([[-3, -2, 50, 40], [5, 6, 7, 8]]), np.array([20, 30])
@@ -127,11 +134,7 @@ def test_labels_of_anchors(seed):
     slots[[0, 2, 3, 4, 5, 7]] = objects
     valid, crowd = np.zeros((2, 9), bool)
     valid[[0, 2, 3, 4, 5]] = crowd[7] = True
-    labels, matched = jax.jit(
-        functools.partial(
-            matching.label_anchors, positive=0.7, negative=0.3, crowd_overlap=0.7
-        )
-    )(anchors, slots, valid, crowd, np.array([60, 64]))
+    labels, matched = label_anchors(anchors, slots, valid, crowd, np.array([60, 64]))
     expected = greedy_labels(anchors, objects[:5], objects[5:], 60, 64)
     np.testing.assert_array_equal(labels, expected)
     assert {-1, 0, 1} == set(expected.tolist())
@@ -147,15 +150,9 @@ def test_labels_of_anchors(seed):
 def test_matches_are_those_of_torchvision_where_the_orders_agree():
     anchors, objects = VECTORS["candidates"], VECTORS["objects"]
     everywhere = np.full(len(objects), True)
-    labels, matched = matching.label_anchors(
-        jnp.asarray(anchors),
-        jnp.asarray(objects),
-        everywhere,
-        ~everywhere,
-        np.array([200, 200]),
-        positive=0.7,
-        negative=0.3,
-        crowd_overlap=0.7,
+    labels, matched = map(
+        np.asarray,
+        label_anchors(anchors, objects, everywhere, ~everywhere, np.array([200, 200])),
     )
     expected = VECTORS["matches"]
     # torchvision keeps the best anchors of an object also below the lower limit.
@@ -164,7 +161,7 @@ def test_matches_are_those_of_torchvision_where_the_orders_agree():
         np.minimum(expected, 0)[kept] + 1 == 1, labels[kept] == 1
     )
     np.testing.assert_array_equal(matched[expected >= 0], expected[expected >= 0])
-    assert np.all(np.asarray(labels)[~kept] == 0)
+    assert np.all(labels[~kept] == 0)
 
 
 @pytest.mark.parametrize(

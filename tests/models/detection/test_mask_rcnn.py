@@ -16,6 +16,9 @@ from kalman_flax.models.detection import (
     MaskRCNNFPN,
     Recipe,
     Targets,
+    boxes,
+    fpn,
+    mask_rcnn,
 )
 
 KEY = jax.random.key(0)
@@ -75,8 +78,10 @@ INPUTS, TARGETS = scene()
 
 
 @functools.cache
-def initialised(net):
-    return jax.jit(net.init, static_argnums=2)(KEY, INPUTS, True)
+def initialised(name, pyramid=False):
+    """Variables; what is frozen makes no difference to them."""
+    init = jax.jit(build(name, pyramid).init, static_argnums=2)
+    return init(KEY, INPUTS, True)
 
 
 def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
@@ -91,20 +96,30 @@ def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
     return jnp.mean(losses["loss"]), (losses, written.get("batch_stats", {}))
 
 
-def test_the_recipe_is_that_of_resnet50_and_its_checkpoints_fit():
+def test_checkpoints_of_the_classifier_fit():
+    variables = initialised("batch")
+    classifier = kf.models.BottleneckResNet(
+        10, **SMALL, **kf.normalization("batch")._asdict()
+    )
+    expected = jax.eval_shape(lambda: classifier.init(KEY, INPUTS["image"], True))
+    heads = {"rpn", "box_head", "mask_head"}
+    assert variables["params"].keys() - expected["params"].keys() == heads
+    assert expected["params"].keys() - variables["params"].keys() == {"head"}
+    for collection, tree in expected.items():
+        for name in tree.keys() - {"head"}:
+            found = jax.tree.map(jnp.shape, variables[collection][name])
+            assert found == jax.tree.map(jnp.shape, tree[name])
+
+
+@pytest.mark.slow
+def test_the_recipe_is_that_of_resnet50():
     inputs = {"image": jnp.zeros((1, 256, 320, 3)), "size": jnp.array([[250, 320]])}
     norm = kf.baselines.FrozenBatchNorm
     net = MaskRCNN(80, norm=norm, freeze_at=2)
     found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, inputs, True))
     expected = Detections((1, 100, 4), (1, 100), (1, 100), (1, 100, 14, 14))
     assert jax.tree.map(lambda x: x.shape, found) == expected
-    classifier = kf.NETWORKS["resnet50"](num_classes=10, norm=norm)
-    image = jnp.zeros((1, 64, 64, 3))
-    expected = jax.eval_shape(lambda: classifier.init(KEY, image, True))
-    assert expected["params"].keys() - variables["params"].keys() == {"head"}
-    for collection, tree in expected.items():
-        for name in tree.keys() - {"head"}:
-            assert variables[collection][name] == tree[name]
+    assert "stage3_block6" in variables["params"]
     params = jax.tree.map(jnp.shape, variables["params"])
     assert params["rpn"]["conv"]["kernel"] == (3, 3, 1024, 1024)
     assert params["rpn"]["box"]["kernel"] == (1, 1, 1024, 60)
@@ -123,7 +138,7 @@ def test_the_recipe_is_that_of_resnet50_and_its_checkpoints_fit():
 )
 def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
     net = build(name, pyramid, freeze_at=2)
-    variables = initialised(net)
+    variables = initialised(name, pyramid)
     params, stats = variables["params"], variables.get("batch_stats", {})
 
     @jax.jit
@@ -156,6 +171,50 @@ def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
         assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient[block])), block
 
 
+def loud(align):
+    """The same, but empty slots get crops that no statistic could overlook."""
+
+    def wrapped(maps, rois, *args, **kwargs):
+        empty = boxes.area(rois)[:, None, None, None] == 0
+        return jnp.where(empty, 1e3, align(maps, rois, *args, **kwargs))
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "name, pyramid",
+    [
+        ("batch", False),
+        pytest.param("frozen_batch", False, marks=pytest.mark.slow),
+        pytest.param("group", True, marks=pytest.mark.slow),
+        pytest.param("batch", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_padded_canvas_and_empty_slots_change_nothing(name, pyramid, monkeypatch):
+    net = build(name, pyramid)
+    # More slots than suppression leaves proposals for.
+    net = net.clone(recipe=dataclasses.replace(net.recipe, proposals=48))
+    variables = initialised(name, pyramid)
+    size = jnp.array([[50, 57]])
+    image = INPUTS["image"][:, :50, :57]
+    padded = jnp.pad(image, ((0, 0), (0, 14), (0, 7), (0, 0)))
+    infer = jax.jit(
+        lambda image: net.apply(
+            variables, {"image": image, "size": size}, False, mutable=["batch_stats"]
+        )
+    )
+    expected, stats = infer(image)
+    for module, align in ((mask_rcnn, "roi_align"), (fpn, "roi_align_pyramid")):
+        monkeypatch.setattr(module, align, loud(getattr(module, align)))
+    found, padded_stats = infer(padded)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    assert np.all(expected.labels > 0)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    jax.tree.map(close, found._replace(boxes=0), expected._replace(boxes=0))
+    jax.tree.map(close, padded_stats, stats)
+
+
 def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
     net = build("batch", pyramid=True)
     found, variables = jax.eval_shape(lambda: net.init_with_output(KEY, INPUTS, True))
@@ -173,7 +232,7 @@ def test_the_pyramid_has_norms_in_laterals_outputs_and_heads():
 def test_with_gain_1_it_is_batch_norm():
     kalman = build("kalman", normalizer={"gain": 1.0})
     batch = build("batch")
-    variables = initialised(batch)
+    variables = initialised("batch")
     found, expected = (
         jax.jit(functools.partial(learn, net))(
             variables["params"], variables["batch_stats"]
