@@ -27,7 +27,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "task": Key("classification", "a task of the engine or of a plugin, by name"),
         "plugins": Key(
             (),
-            "modules with NORMALIZERS or TASKS of their own, to be named",
+            "modules with NORMALIZERS, TASKS or DETECTORS of their own, to be named",
             of=str,
         ),
     },
@@ -36,8 +36,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "digits",
             "digits, digits32, cifar10, cifar100, svhn_cropped (with its extra"
             " images), in memory; or imagenet2012, folder (data_dir/train/CLASS/,"
-            " data_dir/val/CLASS/), read from disk. To segment: scenes, in memory; or"
-            " pairs (data_dir/train/images/, data_dir/train/masks/), read from disk",
+            " data_dir/val/CLASS/), read from disk. To segment or detect: scenes, in"
+            " memory. To segment: pairs (data_dir/train/images/, data_dir/train/masks/),"
+            " to detect: coco (data_dir/annotations/, train2017/, val2017/), read from"
+            " disk",
         ),
         "train_examples": Key(0, "use the first so many to train; 0: all", least=0),
         "test_examples": Key(0, "use the first so many to test; 0: all", least=0),
@@ -73,10 +75,36 @@ SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "flip": Key(False, "random horizontal flips"),
     },
+    "Detection": {
+        "short_side": Key(
+            800, "coco: the shorter side of images, in pixels", least=1, most=8192
+        ),
+        "long_side": Key(1333, "coco: their longer side, at most", least=1, most=16384),
+        "test_short_side": Key(
+            0, "short_side of images to test on; 0: the same", least=0, most=8192
+        ),
+        "test_long_side": Key(
+            0, "long_side of images to test on; 0: the same", least=0, most=16384
+        ),
+        "canvas_multiple": Key(
+            32,
+            "coco: images lie on canvases, landscape or portrait, whose sides are the"
+            " two above, rounded up to a multiple of this",
+            least=1,
+            most=1024,
+        ),
+        "train_split": Key("train", "coco: what to train on", choices=("train", "val")),
+    },
     "Network": {
         "network": Key(
             "cifar_resnet",
-            "a name in kalman_flax.NETWORKS; to segment, in kalman_flax.SEGMENTERS",
+            "a name in kalman_flax.NETWORKS; to segment, in kalman_flax.SEGMENTERS; to"
+            " detect, mask_rcnn_c4, mask_rcnn_fpn, or for scenes mask_rcnn_small",
+        ),
+        "network_options": Key(
+            ConfigDict(),
+            "of a detector, attributes of it or of its Recipe:"
+            " --config.network_options.roi_samples=512",
         ),
         "blocks_per_stage": Key(
             1,

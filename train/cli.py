@@ -26,7 +26,8 @@ DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
     "TFDS directory (default: $TFDS_DATA_DIR, ~/tensorflow_datasets), or of"
-    " --config.dataset=folder the one that holds train/ and val/.",
+    " --config.dataset=folder the one that holds train/ and val/, of coco the one that"
+    " holds annotations/, train2017/ and val2017/.",
 )
 
 _COMPILED = flags.DEFINE_string(

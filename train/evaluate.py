@@ -15,6 +15,9 @@ what: rows are the true classes, columns those predicted by option A.
 
 Of a segmentation network it prints mIoU and Dice, and IoU and Dice of each class;
 segments_test.csv and .png have the table, and predictions beside the truth.
+
+Of a detector it prints COCO's twelve numbers, for boxes and for masks, a column for
+each kind of statistics; option B are then those of each image.
 """
 
 import pathlib
@@ -25,6 +28,7 @@ from kalman_flax._filter.state import check_choice
 from kalman_flax.inference.precise import running_moments
 from train import cli
 from train.analysis import confusion, segments
+from train.analysis.coco_table import by_option, coco_table
 from train.analysis.inference_statistics import (
     AUTO,
     WEIGHTS,
@@ -35,6 +39,7 @@ from train.analysis.inference_statistics import (
 from train.engine import trained_on
 from train.engine import workdir as wd
 from train.engine.classification import Classification, Images, classification_of
+from train.engine.detection import Detection, detection_of
 from train.engine.experiment import Experiment, build
 from train.engine.segmentation import Segmentation, segmentation_of
 from train.engine.step import TrainState
@@ -71,6 +76,8 @@ def main() -> None:
     experiment = build(config, cli.DATA_DIR.value)
     if isinstance(experiment.task, Segmentation):
         return _evaluate_segmentation(experiment, workdir)
+    if isinstance(experiment.task, Detection):
+        return _evaluate_detection(experiment, workdir)
     task = classification_of(experiment.task)
     check_choice("split", _SPLIT.value, task.splits)
     split = task.splits[_SPLIT.value]
@@ -129,6 +136,26 @@ def _evaluate_segmentation(experiment: Experiment, workdir: pathlib.Path) -> Non
     to = workdir / f"segments_{_SPLIT.value}"
     print(segments.by_class(task, state, split, to))
     print(f"written: {to}.csv, .png")
+
+
+def _evaluate_detection(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """The same for a detector."""
+    task, batches = detection_of(experiment.task), _PRECISE_BATCHES.value
+    if _EXAMPLE_WEIGHT.value is not None:
+        raise ValueError("--example_weight is for classification; leave it out.")
+    check_choice("split", _SPLIT.value, task.splits)
+    split = task.splits[_SPLIT.value]
+    state = trained_on.last_state(workdir, experiment)
+    found = task.evaluate(state, split)
+    columns = {"A": by_option(found, "moving"), "B": by_option(found, "batch")}
+    note = "A: moving statistics; B: statistics of each image"
+    if batches:
+        state = recompute(task.config, experiment, state, batches)
+        columns["P"] = by_option(task.evaluate(state, split), "moving")
+        note += f"; P: precise statistics of {batches} training batches"
+    print(f"step {int(state.step)}, {split.examples} {_SPLIT.value} images")
+    print(coco_table(columns))
+    print(note)
 
 
 def _confuse(

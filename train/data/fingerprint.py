@@ -12,6 +12,7 @@ from train.data.batches import Split, Standardize
 from train.data.encoded import Encoded
 from train.data.files import Files
 from train.data.folders import SHOWN
+from train.data.objects import ObjectData
 from train.data.sets import Dataset
 
 #: that statistics may differ by and still be of the same images, on another machine
@@ -31,13 +32,37 @@ def fingerprint(
         dataset: all of it.
         standardize: of the run.
     """
+    splits = (
+        _describe(split, dataset.num_classes) for split in (dataset.train, dataset.test)
+    )
+    return {"version": dataset.version} | _fingerprint(
+        name, dataset.classes, *splits, dataset.test_name, standardize
+    )
+
+
+def fingerprint_objects(
+    name: str, data: ObjectData, standardize: Standardize
+) -> dict[str, Any]:
+    """Describes the data of a run on images with objects; see `fingerprint`."""
+    splits = (split.describe() for split in (data.train, data.test))
+    return {"version": ""} | _fingerprint(
+        name, data.categories.names, *splits, data.test_name, standardize
+    )
+
+
+def _fingerprint(
+    name: str,
+    classes: Sequence[str],
+    train: dict[str, Any],
+    test: dict[str, Any],
+    test_name: str,
+    standardize: Standardize,
+) -> dict[str, Any]:
     return {
         "dataset": name,
-        "version": dataset.version,
-        "classes": list(dataset.classes),
-        "train": _describe(dataset.train, dataset.num_classes),
-        "test": {"name": dataset.test_name}
-        | _describe(dataset.test, dataset.num_classes),
+        "classes": list(classes),
+        "train": train,
+        "test": {"name": test_name} | test,
         "standardize": {
             key: _per_channel(value) for key, value in standardize._asdict().items()
         },

@@ -1,8 +1,8 @@
 """What a config may name beyond what the engine itself knows.
 
-A plugin is a module, named in ``config.plugins``, with a dict ``NORMALIZERS`` or
-``TASKS`` of its own, by name. The engine imports it where a config asks for it, and so
-depends on none.
+A plugin is a module, named in ``config.plugins``, with a dict ``NORMALIZERS``,
+``TASKS`` or ``DETECTORS`` of its own, by name. The engine imports it where a config
+asks for it, and so depends on none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 
 def known(
-    config: Any, kind: Literal["NORMALIZERS", "TASKS"], ours: dict[str, Any]
+    config: Any,
+    kind: Literal["NORMALIZERS", "TASKS", "DETECTORS"],
+    ours: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns `ours`, and what the plugins of `config` add to it.
 

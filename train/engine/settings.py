@@ -8,6 +8,7 @@ from configs import base
 from kalman_flax._filter.state import check_choice
 from train.engine import plugins
 from train.engine.classification import Classification
+from train.engine.detection import Detection
 from train.engine.normalizer import make_normalization
 from train.engine.optimizer import check_optimizer
 from train.engine.profile import check_steps
@@ -19,6 +20,7 @@ from train.engine.task import Task
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
+    "detection": Detection,
 }
 
 

@@ -34,7 +34,7 @@ def check(workdir: pathlib.Path, task: Task, files: bool = False) -> dict[str, A
     Raises:
         ValueError: it is not what the run was trained on, or cannot be used.
     """
-    kept = _read(workdir / DATA)
+    kept = read(workdir)
     if kept is None and (workdir / wd.CHECKPOINTS).exists():
         logging.warning(
             "there is no %s in %s: nothing says whether the run was trained on the data"
@@ -51,7 +51,13 @@ def keep(workdir: pathlib.Path, found: dict[str, Any]) -> None:
         wd.write_json(workdir / DATA, found)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what `keep` wrote; None if there is nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = workdir / DATA
     if not path.exists():
         return None
     mend = "delete it to go on with the data that is there now"
