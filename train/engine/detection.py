@@ -76,7 +76,13 @@ class Detection:
     def check(cls, config: Any) -> None:
         """Refuses, with a ValueError, what cannot be, or would change nothing."""
         check_choice("dataset", config.dataset, DATASETS)
-        make_detector(config, num_classes=1)
+        network = make_detector(config, num_classes=1)
+        if getattr(network, "freeze_at", 0) and not config.freeze:
+            raise ValueError(
+                f"network_options.freeze_at is {network.freeze_at}, but freeze is"
+                " empty: weight decay would move what has no gradient. Name the frozen"
+                ' parameters, say ("stem*", "stage1_*").'
+            )
         for key, unused in _UNUSED.items():
             if config[key] != unused:
                 raise ValueError(

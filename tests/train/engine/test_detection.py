@@ -1,16 +1,21 @@
 """The task of detection, with a network that stands in for a detector."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kalman_flax.baselines import FrozenBatchNorm
+from kalman_flax.models.detection.mask_rcnn import MaskRCNN
+from kalman_flax.models.detection.recipe import Recipe
 from tests.train.common import tiny_config
 from tests.train.data.coco_files import make_coco
 from tests.train.engine.fake_detector import SLOTS
 from train.data.batches import Standardize
 from train.data.objects import Canvases
-from train.engine import detector, loop, metrics, trained_on
+from train.engine import detector, loop, metrics, optimizer, settings, trained_on
 from train.engine import workdir as wd
 from train.engine.detection import LOSSES, Detection, mirror
 from train.engine.experiment import build
@@ -195,6 +200,31 @@ def test_mirrored_images_are_those_of_a_mirrored_directory(tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["scenes_detection", "coco_c4", "coco_short"])
+def test_configs(name):
+    config = importlib.import_module(f"configs.experiments.{name}").get_config()
+    assert settings.check(config) == config.batch_size == 8
+    network = detector.make_detector(config, 80)
+    assert type(network) is MaskRCNN and network.num_classes == 80
+    if name == "scenes_detection":
+        assert network.recipe == Recipe.small()
+        return
+    assert network.recipe == Recipe() and network.freeze_at == 2
+    recipe = Recipe(candidates=9, proposals=4, detection_candidates=9, detections=2)
+    network = network.clone(recipe=recipe, norm=FrozenBatchNorm)
+    inputs = {"image": np.zeros((1, 64, 96, 3)), "size": np.array([[64, 96]])}
+    shapes = jax.eval_shape(
+        lambda: network.init(jax.random.key(0), inputs, use_running_average=True)
+    )
+    frozen = optimizer.labels(shapes["params"], config.freeze)
+    assert {
+        name.partition("_")[0]
+        for name, labels in frozen.items()
+        if "freeze" in jax.tree.leaves(labels)
+    } == {"stem", "stage1"}
+    assert sum(jax.tree.leaves(jax.tree.map(lambda x: x == "freeze", frozen))) == 33
+
+
 def test_options_are_of_the_network_or_of_its_recipe():
     config = detection_config(network_options={"sampled": 0.5}, width=8)
     network = build(config).task.network
@@ -216,6 +246,10 @@ def test_options_are_of_the_network_or_of_its_recipe():
         (
             dict(network_options={"num_classes": 3}),
             "network_options sets num_classes, which the data set sets",
+        ),
+        (
+            dict(network="mask_rcnn_small", network_options={"freeze_at": 2}),
+            r"freeze_at is 2, but freeze is empty",
         ),
         (
             dict(network_options={"rois": 3}),
