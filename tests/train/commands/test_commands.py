@@ -43,6 +43,7 @@ TINY = (
 
 
 def test_a_command_is_recorded_with_the_flags_of_xla(monkeypatch):
+    jax.devices()  # XLA reads its flags once, and stops at those that it does not know
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b=2")
     command = shlex.split(workdir.provenance()["command"])
     assert command[:3] == ["XLA_FLAGS=--xla_a=1 --xla_b=2", "python", "-m"]
@@ -93,7 +94,7 @@ def test_compare_resumes_and_reports(tmp_path):
     entries = [("kalman", "2"), ("batch", "8")]
     assert names == [(*entry, seed) for seed in "01" for entry in entries]
     content = json.loads((tmp_path / "comparison.json").read_text())
-    assert content["command"].startswith("python -m train.compare --config=configs/")
+    assert "python -m train.compare --config=configs/" in content["command"]
     assert [str(r["seed"]) for r in content["runs"]] == [r["seed"] for r in rows]
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     table = [line for line in out.splitlines() if line.startswith("|")]
