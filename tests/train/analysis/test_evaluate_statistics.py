@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.commands.test_commands import run
+from tests.train.command import run
 from tests.train.common import batch, tiny_config
 from train.analysis import inference_statistics as inference
 from train.data.batches import epoch_order

@@ -12,7 +12,8 @@ import pytest
 from jax import lax
 
 from kalman_flax import NETWORKS, KalmanNorm
-from tests.train.commands.test_commands import TINY, run
+from tests.train.command import run
+from tests.train.commands.test_commands import TINY
 from tests.train.common import tiny_config
 from train.analysis.moments import (
     ERRORS,

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 import kalman_flax as kf
 from tests.inference.test_checkpoint import IMAGES, variables_of
 from tests.reference.plain_resnet import PlainResNet
-from tests.train.commands.test_commands import run
+from tests.train.command import run
 from tests.train.common import tiny_config
 from train.analysis import stablehlo as artifact
 from train.engine import workdir as wd

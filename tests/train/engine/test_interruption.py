@@ -1,12 +1,9 @@
 """Runs that are killed, stopped, and spread over processes: real ones, by command."""
 
 import functools
-import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import chex
@@ -14,6 +11,7 @@ import jax
 import pytest
 
 from configs.experiments import digits
+from tests.train.command import Command
 from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.experiment import build
@@ -30,47 +28,22 @@ KEYS = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def start():
+def start(workdir, *flags, devices=1):
     """Starts the command on a workdir, with so many devices, and flags."""
-
-    def start(workdir, *flags, devices=1):
-        keys = [f"--config.{key}={value}" for key, value in KEYS.items()]
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        return subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "train",
-                    "--config=configs/experiments/digits.py",
-                ),
-                *(f"--workdir={workdir}", *keys, *flags),
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
+    keys = [f"--config.{key}={value}" for key, value in KEYS.items()]
+    config = "--config=configs/experiments/digits.py"
+    return Command(
+        "train", config, f"--workdir={workdir}", *keys, *flags, devices=devices
+    )
 
 
-def finish(process, status=0):
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == status, out
-    return out
-
-
-def wait_for_progress(process, workdir, step=1):
+def wait_for_progress(command, workdir, step=1):
     """Waits until the log of the run has come to `step`."""
-    while process.poll() is None:
+    while command.process.is_alive():
         if any(line["step"] >= step for line in metrics.read_metrics(workdir)):
             return
         time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(command.printed())
 
 
 def config():
@@ -91,24 +64,24 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def straight(start, tmp_path_factory):
+def straight(tmp_path_factory):
     """What an uninterrupted run on one device leaves."""
     workdir = tmp_path_factory.mktemp("straight")
-    finish(start(workdir))
+    start(workdir).finish()
     return final_state(workdir)
 
 
-def test_killed_at_random_moments(start, straight, tmp_path):
+def test_killed_at_random_moments(straight, tmp_path):
     """In updates and in checkpoints, which take most of this run's time: to the bit."""
     moments = random.Random(0)
     for kill in range(5):
-        process = start(tmp_path)
-        wait_for_progress(process, tmp_path, step=1 + 4 * kill)
+        command = start(tmp_path)
+        wait_for_progress(command, tmp_path, step=1 + 4 * kill)
         time.sleep(moments.uniform(0.0, 0.3))
-        process.kill()
-        process.communicate()
+        command.process.kill()
+        command.finish(status=-signal.SIGKILL)
     assert not (tmp_path / "summary.json").exists()
-    finish(start(tmp_path))
+    start(tmp_path).finish()
     chex.assert_trees_all_equal(final_state(tmp_path), straight)
     steps = [
         line["step"] for line in metrics.read_metrics(tmp_path) if "train_loss" in line
@@ -116,7 +89,7 @@ def test_killed_at_random_moments(start, straight, tmp_path):
     assert steps == list(range(1, 25))
 
 
-def two(start, workdirs, flags=((), ())):
+def two(workdirs, flags=((), ())):
     """Starts two processes that train together, of two devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -141,23 +114,23 @@ def two(start, workdirs, flags=((), ())):
         ("ab", [(), ()], "which must be on a disk that they share: [1, 0]"),
     ],
 )
-def test_processes_that_do_not_agree(start, tmp_path, workdirs, flags, message):
+def test_processes_that_do_not_agree(tmp_path, workdirs, flags, message):
     (tmp_path / "a").mkdir()
     wd.claim(tmp_path / "a", config())  # by a run of before, which was killed
-    for process in two(start, [tmp_path / name for name in workdirs], flags):
-        out = finish(process, status=1)
+    for command in two([tmp_path / name for name in workdirs], flags):
+        out = command.finish(status=1)
         assert message in out and "Traceback" not in out
 
 
-def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
+def test_stopped_and_resumed_on_two_processes(straight, tmp_path):
     """SIGTERM on four devices; then twice two, where the first alone prints."""
-    process = start(tmp_path, devices=4)
-    wait_for_progress(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    out = finish(process, status=128 + signal.SIGTERM)
+    command = start(tmp_path, devices=4)
+    wait_for_progress(command, tmp_path)
+    command.process.terminate()
+    out = command.finish(status=128 + signal.SIGTERM)
     assert "stopped as asked, after step" in out and "Traceback" not in out
 
-    first, second = map(finish, two(start, [tmp_path] * 2))
+    first, second = (command.finish() for command in two([tmp_path] * 2))
     assert "4 device(s)" in first and "test accuracy" in first
     assert "device(s)" not in second and "accuracy" not in second
     resumed = final_state(tmp_path)
@@ -172,6 +145,6 @@ def test_stopped_and_resumed_on_two_processes(start, straight, tmp_path):
         ("auto", "JAX detects no cluster here"),
     ],
 )
-def test_processes_that_do_not_find_each_other(start, tmp_path, coordinator, message):
-    out = finish(start(tmp_path, f"--coordinator={coordinator}"), status=1)
+def test_processes_that_do_not_find_each_other(tmp_path, coordinator, message):
+    out = start(tmp_path, f"--coordinator={coordinator}").finish(status=1)
     assert message in out and "Traceback" not in out

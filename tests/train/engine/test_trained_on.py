@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.train.commands.test_commands import run
+from tests.train.command import run
 from tests.train.common import tiny_config
 from tests.train.data.pictures import put
 from tests.train.tfds_data import picture

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.train.commands.test_commands import run
+from tests.train.command import run
 from tests.train.common import tiny_config
 from train.data.sets import examples, load_dataset
 from train.engine.classification import make_network
