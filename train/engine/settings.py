@@ -36,7 +36,13 @@ def check(config: Any) -> int:
     check_schedule(config)
     check_optimizer(config)
     _check_frozen(config)
-    task_of(config).check(config)
+    task = task_of(config)
+    if (config.classes or config.validation_examples) and task is not Classification:
+        raise ValueError(
+            "classes and validation_examples are for the task classification, not for"
+            f" {config.task!r}; leave them out."
+        )
+    task.check(config)
     return _side_by_side(config)
 
 
