@@ -35,11 +35,11 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "dataset": Key(
             "digits",
             "digits, digits32, digits32_colour, cifar10, cifar100, svhn_cropped (with"
-            " its extra images), in memory; or imagenet2012, folder (data_dir/train/CLASS/,"
-            " data_dir/val/CLASS/), read from disk. To segment or detect: scenes, in"
-            " memory; to segment: pairs (data_dir/train/images/, data_dir/train/masks/)"
-            "; to detect: coco (data_dir/annotations/, train2017/, val2017/), read from"
-            " disk",
+            " its extra images), in memory; or imagenet2012, folder"
+            " (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk. To segment"
+            " or detect: scenes, in memory; to segment: pairs (data_dir/train/images/,"
+            " data_dir/train/masks/); to detect: coco (data_dir/annotations/,"
+            " train2017/, val2017/), read from disk",
         ),
         "train_examples": Key(0, "use the first so many to train; 0: all", least=0),
         "test_examples": Key(0, "use the first so many to test; 0: all", least=0),

@@ -1,5 +1,6 @@
 """Runs that start from another run, an export, or published weights."""
 
+import functools
 import pathlib
 import shutil
 
@@ -57,7 +58,7 @@ def started(**keys):
 @pytest.mark.parametrize("norm, options, own", [
     ("kalman", {"decay_steps": 3, "learn_gain": "scalar"}, {"steps", "gain"}),
     ("frozen_batch", {}, set()),
-    ("batch_renorm", {}, {"steps"}),
+    pytest.param("batch_renorm", {}, {"steps"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_batch_norm_run_starts_what_infers_as_it_does(
     pretrained, capsys, norm, options, own
@@ -97,11 +98,13 @@ def test_new_heads_are_left_out_and_said(pretrained, capsys):
 
 @pytest.mark.parametrize("source, norm, why", [
     ("batch", "kalman_wc", "treats kernels otherwise.*such as 'kalman'"),
-    ("batch", "kalman_ws", "treats kernels otherwise.*such as 'kalman'"),
+    pytest.param("batch", "kalman_ws", "treats kernels otherwise.*such as 'kalman'",
+                 marks=pytest.mark.slow),
     ("kalman_wc", "frozen_batch", "treats kernels.*such as 'frozen_batch_wc'"),
     ("group", "batch", "trained with norm 'group', and 'batch' infers otherwise"),
     ("batch", "group", "'group' infers otherwise"),
-    ("group", "proxy_group", "'proxy_group' infers otherwise"),
+    pytest.param("group", "proxy_group", "'proxy_group' infers otherwise",
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_would_compute_something_else_is_refused(pretrained, source, norm, why):
     workdir, _ = pretrained(source)
@@ -165,10 +168,12 @@ def test_calibration_begins_as_the_checkpoint_normalises(pretrained):
     for config in (frozen, seeded):
         experiment = initial.loaded(config, build(config), NOWHERE)
         images = np.asarray(experiment.task.train.images[:4], np.float32) / 8 - 1
-        out, _ = experiment.task.network.apply(
-            experiment.state.variables, images, False, mutable=["batch_stats"]
+        train = functools.partial(
+            experiment.task.network.apply,
+            use_running_average=False,
+            mutable=["batch_stats"],
         )
-        logits.append(out)
+        logits.append(jax.jit(train)(experiment.state.variables, images)[0])
     np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
 
 
