@@ -34,15 +34,28 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "Data": {
         "dataset": Key(
             "digits",
-            "digits, digits32, cifar10, cifar100, svhn_cropped (with its extra"
-            " images), in memory; or imagenet2012, folder (data_dir/train/CLASS/,"
-            " data_dir/val/CLASS/), read from disk. To segment or detect: scenes, in"
-            " memory; to segment: pairs (data_dir/train/images/, data_dir/train/masks/)"
-            "; to detect: coco (data_dir/annotations/, train2017/, val2017/), read from"
-            " disk",
+            "digits, digits32, digits32_colour, cifar10, cifar100, svhn_cropped (with"
+            " its extra images), in memory; or imagenet2012, folder"
+            " (data_dir/train/CLASS/, data_dir/val/CLASS/), read from disk. To segment"
+            " or detect: scenes, in memory; to segment: pairs (data_dir/train/images/,"
+            " data_dir/train/masks/); to detect: coco (data_dir/annotations/,"
+            " train2017/, val2017/), read from disk",
         ),
         "train_examples": Key(0, "use the first so many to train; 0: all", least=0),
         "test_examples": Key(0, "use the first so many to test; 0: all", least=0),
+        "validation_examples": Key(
+            0,
+            "images in memory: keep the last so many training images back, to choose"
+            " settings by; the summary has what the last state comes to on them",
+            least=0,
+        ),
+        "classes": Key(
+            (),
+            "images in memory: those of these classes alone, labelled from 0 in this"
+            " order; empty: all",
+            of=int,
+            least=0,
+        ),
         "standardize": Key(
             "channel",
             "channel: mean 0, standard deviation 1; pixel: (x - mean) / 128",
@@ -140,6 +153,20 @@ SECTIONS: dict[str, dict[str, Key]] = {
             " forward passes; 10 for norm_options.calibrate",
             least=0,
             most=10**4,
+        ),
+    },
+    "Start": {
+        "init_from": Key(
+            "",
+            "parameters and running statistics to start from: the workdir of a run, a"
+            " variables.npz of train.export, or a .safetensors of torchvision, timm or"
+            " Hugging Face; read once, not when a run goes on",
+        ),
+        "new_layers": Key(
+            ("head/*",),
+            "with init_from: what may be missing there or have another shape, and then"
+            " stays as initialised, by patterns of its paths",
+            of=str,
         ),
     },
     "Batches": {

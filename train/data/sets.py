@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
         classes: their names, by label.
         test_name: what the set itself calls its test split.
         version: of a set of TFDS.
+        validation: training images that are kept back, to choose settings by.
     """
 
     train: Split | Encoded
@@ -34,6 +35,7 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] = ()
     test_name: str = "test"
     version: str = ""
+    validation: Split | None = None
 
 
 class _Known(NamedTuple):
@@ -66,7 +68,8 @@ _TFDS = {
 }
 _DIGITS = (1_500, 297)  # images to train and to test
 #: the digits as they are, 8x8, and with pixels four times as high and wide
-_DIGITS_SCALE = {"digits": 1, "digits32": 4}
+_DIGITS_SCALE = {"digits": 1, "digits32": 4, "digits32_colour": 4}
+_WHITE = 16  # of the pixels of the digits
 DATASETS = (*_DIGITS_SCALE, *_TFDS, "folder")
 
 
@@ -93,7 +96,7 @@ def load_dataset(
     """
     check_choice("dataset", name, DATASETS)
     if name in _DIGITS_SCALE:
-        return _digits(_DIGITS_SCALE[name])
+        return _digits(_DIGITS_SCALE[name], name.endswith("_colour"))
     if name == "folder":
         if not data_dir:
             raise ValueError(
@@ -138,13 +141,15 @@ def _tfds_dir(data_dir: str | None) -> str:
 
 
 @functools.cache
-def _digits(scale: int) -> Dataset:
+def _digits(scale: int, colour: bool) -> Dataset:
     """UCI digits from scikit-learn, 8 x 8 pixels of `scale` x `scale`: the first to
     train, the others to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = digits.images[..., None].astype(np.uint8)
+    if colour:
+        images = _coloured(images)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     labels = digits.target.astype(np.int32)
     train, test = slice(_DIGITS[0]), slice(_DIGITS[0], None)
@@ -154,6 +159,14 @@ def _digits(scale: int) -> Dataset:
         10,
         tuple(map(str, digits.target_names)),
     )
+
+
+def _coloured(images: np.ndarray) -> np.ndarray:
+    """Digits ``[N, H, W, 1]`` in a colour each, on a ground of another, ``[N, H, W,
+    3]``: always the same ones."""
+    shape = (2, len(images), 1, 1, 3)
+    ground, ink = np.random.default_rng(0).integers(256, size=shape)
+    return np.uint8(np.rint(ground + (ink - ground) * (images / _WHITE)))
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from train.data.batches import (
 from train.data.check import check_images
 from train.data.encoded import Encoded
 from train.data.fingerprint import check_same, fingerprint
+from train.data.parts import part_of
 from train.data.sets import Dataset, load_dataset
 from train.engine.normalizer import make_normalization
 from train.engine.score import Totals
@@ -86,10 +87,7 @@ class Classification:
         dataset = load_dataset(
             config.dataset, data_dir, config.image_size, config.max_pixels
         )
-        dataset = dataset._replace(
-            train=dataset.train.take(config.train_examples),
-            test=dataset.test.take(config.test_examples),
-        )
+        dataset = part_of(dataset, config)
         train = dataset.train
         images = train.images if isinstance(train, Split) else None
         standardize = make_standardize(config.standardize, images)
@@ -107,14 +105,22 @@ class Classification:
         return self.dataset.test
 
     @property
+    def validation(self) -> Split | None:
+        """Training images that are kept back, to choose settings by."""
+        return self.dataset.validation
+
+    @property
     def splits(self) -> dict[str, Images]:
         """What there is to evaluate on, by name; the test images under the data set's
         own name for them as well."""
-        return {
+        splits: dict[str, Images] = {
             "train": self.train,
             "test": self.test,
             self.dataset.test_name: self.test,
         }
+        if self.validation is not None:
+            splits["validation"] = self.validation
+        return splits
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False

@@ -71,6 +71,7 @@ class Detection:
 
     shown: ClassVar = dict.fromkeys(LOSSES[::-1], ".3f")
     headline: ClassVar = "moving_box_AP"
+    validation: ClassVar = None
 
     @classmethod
     def check(cls, config: Any) -> None:

@@ -21,6 +21,7 @@ from train.engine.diagnose import find_bad_number
 from train.engine.experiment import Experiment, build
 from train.engine.feed import Ahead
 from train.engine.files import directory
+from train.engine.initial import loaded
 from train.engine.profile import profiler
 from train.engine.run import NonFiniteError, Run
 from train.engine.start import started
@@ -45,10 +46,11 @@ def train(
         written.
 
     Raises:
-        ValueError: a bad config; a workdir of another config or other data, or of
-            another run at work, or with damaged checkpoints alone, or with another
-            damaged file; images that cannot be decoded.
-        FileNotFoundError: the data set is not there.
+        ValueError: a bad config; an ``init_from`` of another network; a workdir of
+            another config or other data, or of another run at work, or with damaged
+            checkpoints alone, or with another damaged file; images that cannot be
+            decoded.
+        FileNotFoundError: the data set, or ``init_from``, is not there.
         NonFiniteError: a loss, a gradient or a parameter became NaN or infinite; the
             last good checkpoint stays.
         OSError: the disk is full, or the workdir cannot be written.
@@ -62,6 +64,7 @@ def train(
     # first: a bad config, or bad data, claims no workdir
     experiment = build(config, data_dir)
     data = trained_on.check(workdir, experiment.task, files=True)
+    experiment = loaded(config, experiment, workdir)
     with contextlib.ExitStack() as stack:
         run = Run(config, workdir, stack)
         trained_on.keep(workdir, data)
@@ -101,17 +104,17 @@ class Loop:
             NonFiniteError: a number became NaN or infinite.
             processes.Stopped: as asked; all is saved.
         """
-        start, folder = int(state.step), self.run.workdir / "profile"
-        steps = range(start, self._total)
+        first, folder = int(state.step), self.run.workdir / "profile"
+        steps = range(first, self._total)
         with (
             processes.stop_requests() as stop_asked,
             profiler(self.config.profile_steps, folder) as profile,
-            self._progress(start) as bar,
+            self._progress(first) as bar,
             Ahead(self.experiment.batch, steps) as batches,
         ):
             processes.meet()
-            if start and self._due(start, self._eval_steps) and not self.run.final:
-                self._test(start, state)  # killed between checkpoint and test
+            if first and self._due(first, self._eval_steps) and not self.run.final:
+                self._test(first, state)  # killed between checkpoint and test
             for step in steps:
                 profile(step, state)
                 state = self._update(step, state, batches.next(self._pending[-1:]))

@@ -105,6 +105,9 @@ class Run:
                 "%s has no training loss, so it was lost: the summary goes without",
                 self.workdir / metrics.METRICS,
             )
+        validated = {}
+        if task.validation is not None:
+            validated = task.evaluate(state, task.validation)
         summary = {
             "norm": config.norm,
             "batch_size": config.batch_size,
@@ -114,6 +117,7 @@ class Run:
             "seed": config.seed,
             "final_train_loss": losses[-1] if losses else None,
             **{f"test_{name}": value for name, value in self.final.items()},
+            **{f"validation_{name}": v for name, v in validated.items()},
             "headline": f"test_{task.headline}",
             **count_predicted(task.network, state.variables, task.inputs()),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

@@ -54,6 +54,7 @@ class Segmentation:
 
     shown: ClassVar = {"loss": ".3f", "accuracy": ".1%"}
     headline: ClassVar = "moving_miou"
+    validation: ClassVar = None
 
     @classmethod
     def check(cls, config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from configs import base
 from kalman_flax._filter.state import check_choice
+from kalman_flax.baselines.flax_norms import FrozenBatchNorm
 from train.engine import plugins
 from train.engine.classification import Classification
 from train.engine.detection import Detection
@@ -34,9 +35,28 @@ def check(config: Any) -> int:
     check_steps(config.profile_steps)
     check_schedule(config)
     check_optimizer(config)
-    make_normalization(config)
-    task_of(config).check(config)
+    _check_frozen(config)
+    task = task_of(config)
+    if (config.classes or config.validation_examples) and task is not Classification:
+        raise ValueError(
+            "classes and validation_examples are for the task classification, not for"
+            f" {config.task!r}; leave them out."
+        )
+    task.check(config)
     return _side_by_side(config)
+
+
+def _check_frozen(config: Any) -> None:
+    """Refuses frozen statistics that come from nowhere."""
+    norm: Any = make_normalization(config).norm
+    frozen = issubclass(getattr(norm, "func", norm), FrozenBatchNorm)
+    if frozen and not config.init_from:
+        raise ValueError(
+            f"norm is {config.norm!r}, whose statistics are those of a checkpoint and"
+            " never move: from scratch they stay 0 and 1, and it normalises nothing."
+            " Train with the norm 'batch' first, and start from that run by"
+            " --config.init_from=DIR."
+        )
 
 
 def task_of(config: Any) -> type[Task]:

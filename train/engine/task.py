@@ -44,6 +44,7 @@ class Task(Protocol):
         network: called with the inputs and `use_running_average`.
         train: what to train on.
         test: what to test on while training, and at the end.
+        validation: what to score at the end, too, to choose settings by; or None.
         shown: of the sums of `loss`, those in the progress bar, and their formats.
         headline: which of the numbers of `evaluate` a table is to show first.
     """
@@ -51,6 +52,7 @@ class Task(Protocol):
     network: nn.Module
     train: Source
     test: Source
+    validation: Source | None
     shown: Mapping[str, str]
     headline: str
 

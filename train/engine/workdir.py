@@ -134,13 +134,22 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         )
     mend = "delete it, and the `python -m train` command of the run writes it anew"
     content = read_json(path, mend)
-    config = base.get_config()
     try:
-        for key, value in _as_of_now(content).items():
-            config[key] = tuple(value) if isinstance(value, list) else value
-        base.check(config)
+        return parse_config(content)
     except (TypeError, ValueError, AttributeError) as error:
         raise damaged(path, mend, f"or of another version: {error}") from error
+
+
+def parse_config(content: dict[str, Any]) -> ConfigDict:
+    """Returns the config that was written as JSON, by this version or one before.
+
+    Raises:
+        TypeError, ValueError, AttributeError: it is none.
+    """
+    config = base.get_config()
+    for key, value in _as_of_now(content).items():
+        config[key] = tuple(value) if isinstance(value, list) else value
+    base.check(config)
     return config
 
 
@@ -185,6 +194,10 @@ def open_checkpoints(workdir: pathlib.Path) -> ocp.CheckpointManager:
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     return ocp.CheckpointManager(
         workdir.absolute() / CHECKPOINTS,
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "checksum": ocp.JsonCheckpointHandler(),
+        },
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         ),
@@ -257,11 +270,15 @@ def restore(checkpoints: ocp.CheckpointManager, state: Any) -> Any:
                 logging.warning("going on from the checkpoint of step %d", step)
             return found.state
     if steps:
-        raise ValueError(
-            f"none of the checkpoints in {checkpoints.directory} can be read: damaged,"
-            " or of another version; see above. Choose another --workdir."
-        )
+        raise _unreadable(checkpoints)
     return state
+
+
+def _unreadable(checkpoints: ocp.CheckpointManager) -> ValueError:
+    return ValueError(
+        f"none of the checkpoints in {checkpoints.directory} can be read: damaged,"
+        " or of another version; see above. Choose another --workdir."
+    )
 
 
 def forget_after(checkpoints: ocp.CheckpointManager, step: int) -> None:
@@ -278,16 +295,41 @@ def last_checkpoint(workdir: pathlib.Path, state: Any) -> Any:
     Raises:
         FileNotFoundError: there is none in `workdir`.
     """
-    folder = workdir / CHECKPOINTS
-    if folder.is_dir():  # Orbax would make it
-        with open_checkpoints(workdir) as checkpoints:
-            if checkpoints.latest_step() is not None:
-                return restore(checkpoints, state)
-    raise FileNotFoundError(
-        f"no checkpoint in {folder}: the run ended before its first, or somebody"
-        " deleted them. The `python -m train` command of the run, given again, trains"
-        " from the start."
+    if not has_checkpoint(workdir):  # Orbax would make the folder
+        raise _no_checkpoint(workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        return restore(checkpoints, state)
+
+
+def _no_checkpoint(workdir: pathlib.Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no checkpoint in {workdir / CHECKPOINTS}: the run ended before its first, or"
+        " somebody deleted them. The `python -m train` command of the run, given again,"
+        " trains from the start."
     )
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved a checkpoint, be it damaged."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(step.name.isdigit() for step in folder.iterdir())
+
+
+def saved_shapes(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns what the last checkpoint of a run holds, as nested dicts and lists; of
+    arrays, shape and dtype.
+
+    Raises:
+        FileNotFoundError: there is none in `workdir`.
+        ValueError: none can be read.
+    """
+    if not has_checkpoint(workdir):
+        raise _no_checkpoint(workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        for step in sorted(checkpoints.all_steps(), reverse=True):
+            if (found := checkpoints.item_metadata(step)["state"]) is not None:
+                return dict(found)
+    raise _unreadable(checkpoints)
 
 
 def memory_in_use() -> int:

@@ -47,8 +47,16 @@ class Run(NamedTuple):
     def row(self) -> dict[str, Any]:
         """Returns the summary's columns of the table; None where there is none."""
         named = ("headline",) if "headline" in self.summary else ()
+        validation = validation_of(self.headline)
+        if validation in self.summary:
+            named += (validation,)
         columns = (*KEYS, *named, *options(self.headline), *COSTS)
         return {column: self.summary.get(column) for column in columns}
+
+
+def validation_of(headline: str) -> str:
+    """Returns the same metric on the images kept back to choose settings by."""
+    return headline.replace("test_", "validation_", 1)
 
 
 def options(headline: str) -> list[str]:
@@ -145,6 +153,9 @@ def table(runs: Sequence[Run]) -> str:
     heads = (f"A, moving{unit}", f"B, micro-batch{unit}")
     if len(metrics) == 1:
         heads = (f"{metric_name(metrics[0])}{unit}",)
+    validation = validation_of(metrics[0])
+    if any(validation in run.summary for run in runs):
+        metrics, heads = [validation, *metrics], (f"validation{unit}", *heads)
     names = ("variant", "batch", "micro-batch", "devices", "seeds")
     rows: list[tuple] = [(*names, *heads, "train loss", "s / run")]
     for (variant, micro), members in groups(runs).items():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from train.data.sets import check_prepared
-from train.engine import metrics
+from train.engine import initial, metrics
 from train.engine import workdir as wd
 from train.engine.loop import train
 from train.engine.run import NonFiniteError
@@ -67,7 +67,8 @@ def run_all(jobs: Sequence[Job], data_dir: str | None) -> list[report.Run]:
 
     Raises:
         ValueError, FileNotFoundError: a bad config, a directory of another run or of
-            two, a data set that is not there: of all jobs, before any is run.
+            two, a data set or an ``init_from`` that is not there: of all jobs, before
+            any is run.
     """
     shared = Counter(job.run_dir for job in jobs)
     for job in jobs:
@@ -76,6 +77,7 @@ def run_all(jobs: Sequence[Job], data_dir: str | None) -> list[report.Run]:
         check(job.config)
         check_prepared(job.config.dataset, data_dir)
         wd.check_same(job.run_dir, job.config)
+        initial.check(job.config, job.run_dir)
     return [_run(job, data_dir) for job in jobs]
 
 

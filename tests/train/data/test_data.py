@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from tests.train.common import tiny_config
 from train.data.batches import (
     augment,
     draw_crops,
@@ -15,6 +16,7 @@ from train.data.batches import (
     make_batches,
     make_standardize,
 )
+from train.data.parts import part_of
 from train.data.sets import load_dataset
 
 CIFAR_DIR = os.environ.get("TFDS_DATA_DIR", "")
@@ -120,3 +122,29 @@ def test_batches_visit_every_example_once_an_epoch(sort):
     assert np.any(epochs[0] != epochs[1])
     changes = np.count_nonzero(np.diff(labels[batch(0)]))
     assert (changes < 5) == sort
+
+
+def test_classes_are_labelled_anew_and_validation_images_are_kept_back():
+    whole = load_dataset("digits")
+    config = tiny_config(classes=(7, 3), train_examples=64, validation_examples=20)
+    part = part_of(whole, config)
+    assert (part.num_classes, part.classes) == (2, ("7", "3"))
+    chosen = np.isin(whole.train.labels, (7, 3))
+    images = whole.train.images[chosen]
+    labels = np.where(whole.train.labels[chosen] == 7, 0, 1)
+    for split, at in ((part.train, slice(64)), (part.validation, slice(-20, None))):
+        np.testing.assert_array_equal(split.images, images[at])
+        np.testing.assert_array_equal(split.labels, labels[at])
+    assert part.test.examples == np.isin(whole.test.labels, (7, 3)).sum()
+
+
+@pytest.mark.parametrize("keys, why", [
+    ({"classes": (3,)}, "two or more different labels"),
+    ({"classes": (3, 3, 4)}, "two or more different labels"),
+    ({"classes": (3, 10)}, "from 0 to 9"),
+    ({"validation_examples": 1500, "train_examples": 0}, "leave 0 to train on"),
+    ({"validation_examples": 1450, "train_examples": 64}, "expected to leave 64"),
+])  # fmt: skip
+def test_parts_that_there_are_not(keys, why):
+    with pytest.raises(ValueError, match=why):
+        part_of(load_dataset("digits"), tiny_config(**keys))

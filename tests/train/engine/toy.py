@@ -46,6 +46,7 @@ class MeanPixel:
     config: Any
     network = Net()
     train, test = Pixels(0, 64), Pixels(1, 5)
+    validation = None
     shown: ClassVar = {"loss": ".2g", "error": ".2g"}
     headline = "error"
 
