@@ -123,7 +123,9 @@ def test_half_precision_computes_but_keeps_float32(name):
         chex.assert_type(jax.tree.leaves(seen.state), jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["group_kalman", "kalman_mc", "moving_average"])
+@pytest.mark.parametrize(
+    "name", few_quick(["group_kalman", "kalman_mc", "moving_average"], ["kalman_mc"])
+)
 def test_remat_takes_the_same_step(name):
     net = tiny(name)
     variables = net.init(KEY, IMAGES, False)
@@ -189,7 +191,13 @@ def test_original_resnet():
     )
 
 
-@pytest.mark.parametrize("name, original", [("kalman_paper", False), ("group", True)])
+@pytest.mark.parametrize(
+    "name, original",
+    [
+        ("kalman_paper", False),
+        pytest.param("group", True, marks=pytest.mark.slow),
+    ],
+)
 def test_scan_over_blocks_is_the_loop(name, original):
     options = {"blocks_per_stage": 3, "pre_activation": not original}
     scanned, looped = (tiny(name, **options, scan=scan) for scan in (True, False))

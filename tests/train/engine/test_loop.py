@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.reference.slow import few_quick
 from tests.train.common import tiny_config
 from train.engine import loop, metrics, processes, step
 from train.engine import workdir as wd
@@ -111,7 +112,7 @@ def logged_tests(workdir):
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("at", [8, 16])
+@pytest.mark.parametrize("at", few_quick([8, 16], [8]))
 def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
     """Killed in the test behind a checkpoint, or stopped ahead of it or in the last."""
     straight, config, summary = finished

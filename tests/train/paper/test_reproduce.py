@@ -279,6 +279,7 @@ def test_speeds_and_their_ratio(tmp_path, monkeypatch):
     assert "batch_size 8 in place of 32" in found[2]["reduced"]
 
 
+@pytest.mark.slow  # beside the tests of tests/train/analysis/test_statistics.py
 def test_gaps_of_the_variance(tmp_path, monkeypatch):
     monkeypatch.setattr(figure5, "ROWS", {"BN": cifar.BN})
     figure5.reproduce("figure5", Request("smoke", 1, tmp_path, "nowhere"))
