@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.reference.slow import few_quick
 from tests.train.common import tiny_config
 from tests.train.tfds_data import SPLITS, example, picture, prepare
 from train.data import sets
@@ -80,7 +81,9 @@ def test_sets_on_disk_hold_what_was_prepared(data_dir, name, classes):
         assert sorted(split.labels) == [7 * i for i in range(24)]
 
 
-@pytest.mark.parametrize("name", [*SPLITS, "folder"])
+@pytest.mark.parametrize(
+    "name", few_quick([*SPLITS, "folder"], ["cifar10", "imagenet2012", "folder"])
+)
 def test_every_set_trains(data_dir, tmp_path, name):
     """Two updates and a test, by the command's own function."""
     config = tiny_config(

@@ -110,8 +110,15 @@ def logged_tests(workdir):
     return [x["step"] for x in metrics.read_metrics(workdir) if "test_batch_loss" in x]
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("at", [8, 16])
+@pytest.mark.parametrize(
+    "how, at",
+    [
+        ("killed", 8),
+        ("stopped", 16),
+        pytest.param("killed", 16, marks=pytest.mark.slow),
+        pytest.param("stopped", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
     """Killed in the test behind a checkpoint, or stopped ahead of it or in the last."""
     straight, config, summary = finished

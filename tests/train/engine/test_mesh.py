@@ -79,7 +79,7 @@ def test_what_devices_see_differs():
     assert len({shard.tobytes() for shard in shards}) == 8
 
 
-@pytest.mark.parametrize("norm", ["batch", "kalman"])
+@pytest.mark.parametrize("norm", few_quick(["batch", "kalman"], ["kalman"]))
 def test_synchronised_statistics_are_those_of_one_large_micro_batch(norm):
     """Over the replicas of a device and over devices."""
     assert_same_training(
@@ -114,7 +114,7 @@ def test_normalisation_issues_no_collective():
     assert len(collectives(synchronised)) > 10
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", few_quick([1, 2], [2]))
 def test_gradients_of_convolutions_are_fast_on_the_cpu(accumulate):
     """XLA:CPU is slow where the output is the kernel; outside of loops it turns such
     convolutions around first."""

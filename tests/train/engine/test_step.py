@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.reference.slow import few_quick
 from tests.train.common import INDEX, batch, tiny_config
 from train.data.batches import Split
 from train.engine.experiment import build
@@ -20,7 +21,7 @@ def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-@pytest.mark.parametrize("norm", ["kalman", "batch", "group"])
+@pytest.mark.parametrize("norm", few_quick(["kalman", "batch", "group"], ["kalman"]))
 def test_update_equals_a_loop_over_micro_batches(norm):
     """Gradients averaged, running statistics of the pooled batch, SGD by hand."""
     config = tiny_config(norm=norm, weight_decay=0.01)
@@ -103,7 +104,7 @@ def test_no_retrace_after_the_first_step():
     assert experiment.update._cache_size() == 1
 
 
-@pytest.mark.parametrize("size", [10, 128])
+@pytest.mark.parametrize("size", few_quick([10, 128], [10]))
 def test_evaluation_counts_every_image_once(size):
     """Sums over any batch size equal those over all images at once (option A), or over
     micro-batches in order, the last one filled from the start (option B)."""
