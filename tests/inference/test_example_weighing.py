@@ -12,7 +12,6 @@ import pytest
 import kalman_flax as kf
 from kalman_flax import KalmanState, Signal
 from kalman_flax.inference.example_weighing import weigh_example
-from tests.reference.slow import few_quick
 
 NORMS = {"flax": nn.BatchNorm, "batch": kf.baselines.BatchNorm, "kalman": kf.KalmanNorm}
 
@@ -94,8 +93,15 @@ def test_signals_large_values_and_half_precision(name, x):
     np.testing.assert_allclose(y.value.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("scan", few_quick([False, True], [False]))
-@pytest.mark.parametrize("name", few_quick(["batch", "kalman"], ["kalman"]))
+@pytest.mark.parametrize(
+    "name, scan",
+    [
+        ("batch", True),
+        ("kalman", False),
+        pytest.param("batch", False, marks=pytest.mark.slow),
+        pytest.param("kalman", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_network_sees_each_image_by_itself(name, scan):
     """Through filter and normalize apart, shortcuts, sums, a scan; `weight` traced."""
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))

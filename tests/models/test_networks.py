@@ -104,11 +104,11 @@ def small_inception_count():
     "name, size, classes, parameters",
     [
         ("resnet32", 32, 10, 464_154),
-        ("resnet110", 32, 10, 1_727_962),
-        ("resnet32_v1", 32, 10, 464_154),
+        pytest.param("resnet110", 32, 10, 1_727_962, marks=pytest.mark.slow),
+        pytest.param("resnet32_v1", 32, 10, 464_154, marks=pytest.mark.slow),
         ("small_inception", 32, 10, small_inception_count()),
         ("resnet50", 224, 1000, 25_557_032),
-        ("resnet101", 224, 1000, 44_549_160),
+        pytest.param("resnet101", 224, 1000, 44_549_160, marks=pytest.mark.slow),
         ("inception_v2", 224, 1000, 11_295_240 - 10_016),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 
 def few_quick(
-    names: Iterable[str], quick: Iterable[str] = ("kalman", "batch", "group")
+    names: Iterable[object], quick: Iterable[object] = ("kalman", "batch", "group")
 ):
     """Parameters of a test of all normalisers, of which `make test` takes the few that
     stand for the kinds: the filter, the micro-batch, each image."""

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from kalman_flax import NETWORKS, KalmanNorm
+from tests.reference.slow import few_quick
 from tests.train.command import run
 from tests.train.commands.test_commands import TINY
 from tests.train.common import tiny_config
@@ -90,7 +91,10 @@ def test_batch_norm_is_watched_as_the_filter_with_gain_1():
             watched(tiny_config(norm=name))
 
 
-@pytest.mark.parametrize("name", ["resnet110", "resnet50", "inception_v2"])
+@pytest.mark.parametrize(
+    "name",
+    few_quick(["resnet110", "resnet50", "inception_v2"], ["resnet50", "inception_v2"]),
+)
 def test_layers_from_bottom_to_top(name):
     """In the order in which they are called; of parallel branches by name."""
     network, called = NETWORKS[name](num_classes=10), []

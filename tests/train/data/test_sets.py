@@ -82,7 +82,7 @@ def test_sets_on_disk_hold_what_was_prepared(data_dir, name, classes):
 
 
 @pytest.mark.parametrize(
-    "name", few_quick([*SPLITS, "folder"], ["cifar10", "imagenet2012"])
+    "name", few_quick([*SPLITS, "folder"], ["cifar10", "imagenet2012", "folder"])
 )
 def test_every_set_trains(data_dir, tmp_path, name):
     """Two updates and a test, by the command's own function."""

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.reference.slow import few_quick
 from tests.train.common import tiny_config
 from train.engine import loop, metrics, processes, step
 from train.engine import workdir as wd
@@ -111,8 +110,15 @@ def logged_tests(workdir):
     return [x["step"] for x in metrics.read_metrics(workdir) if "test_batch_loss" in x]
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize("at", few_quick([8, 16], [8]))
+@pytest.mark.parametrize(
+    "how, at",
+    [
+        ("killed", 8),
+        ("stopped", 16),
+        pytest.param("killed", 16, marks=pytest.mark.slow),
+        pytest.param("stopped", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_every_test_is_made_once(finished, tmp_path, monkeypatch, at, how):
     """Killed in the test behind a checkpoint, or stopped ahead of it or in the last."""
     straight, config, summary = finished
