@@ -102,7 +102,7 @@ class Detection:
 
         Raises:
             ValueError: a setting that cannot be, or annotations that cannot be meant.
-            FileNotDetectionsError: the data set is not there.
+            FileNotFoundError: the data set is not there.
         """
         data, images = load_data(config, data_dir)
         standardize = make_standardize(config.standardize, images)
@@ -291,7 +291,7 @@ def load_data(config: Any, data_dir: str | None) -> tuple[ObjectData, Any]:
     memory.
 
     Raises:
-        ValueError, FileNotDetectionsError: see `load_coco`.
+        ValueError, FileNotFoundError: see `load_coco`.
     """
     examples = config.train_examples, config.test_examples
     if config.dataset == "scenes":
