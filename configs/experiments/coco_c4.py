@@ -11,8 +11,8 @@ batch norm, 37.7 / 32.5 for group norm, 37.8 / 33.1 for KN. tensorpack's frozen 
 norm with 512 regions and 360,000 updates has 37.8 / 33.2: what KN gains is the size of
 what a longer schedule gains, and one seed does not tell them apart.
 
-Fine-tunes a classifier: --config.init_from names its file. Not yet run: needs COCO and
-a GPU.
+Fine-tunes a classifier: --config.init_from=resnet50.safetensors, see
+docs/fine-tuning.md. Not yet run: needs COCO and a GPU.
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     # The stem and the first stage stay as they come: no gradient, no decay.
     config.network_options = ConfigDict({"freeze_at": 2})
     config.freeze = ("stem*", "stage1_*")
+    # What a classifier lacks; with mask_rcnn_fpn the pyramid too.
+    config.new_layers = ("head/*", "rpn/*", "box_*", "mask_*", "lateral*", "output*")
     config.batch_size = 8
     config.micro_batch_size = 1
     config.learning_rate = 0.01

@@ -1,7 +1,8 @@
 """A check of the port that takes hours: trained and tested on COCO's val2017.
 
     python -m train --config=configs/experiments/coco_short.py \\
-        --workdir=runs/coco_short --data_dir=DIR --config.norm=frozen_batch
+        --config.norm=frozen_batch --config.init_from=resnet50.safetensors \\
+        --workdir=runs/coco_short --data_dir=DIR
 
 The schedule is that of detectron2's mask_rcnn_R_50_C4_training_acc_test.yaml, in its
 quick_schedules, which overfits 5,000 images to see that training works: 8 images an
@@ -10,8 +11,7 @@ regions. It expects, with frozen batch norm, 41.88 +- 0.7 box AP and 33.79 +- 0.
 AP. All else is that of coco_c4: its losses, anchors and standardisation differ from
 detectron2's, and so a number a point away is no proof of a fault.
 
-Fine-tunes a classifier: --config.init_from names its file. Not yet run: needs COCO and
-a GPU.
+Fine-tunes a classifier, see docs/fine-tuning.md. Not yet run: needs COCO and a GPU.
 """
 
 from ml_collections import ConfigDict
