@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     config.micro_batch_size = 1
     config.epochs = 0
     config.total_steps = 2_000
-    config.learning_rate = 0.05
+    config.optimizer = "adamw"
+    config.learning_rate = 0.003
     config.warmup_steps = 200
     config.clip_norm = 1.0
     config.weight_decay = 1e-4
