@@ -124,7 +124,8 @@ class Recipe:
     def small(cls) -> Recipe:
         """For scenes of 64x64, at a stride of 8. The boxes of their digits have areas
         of 10^2 to 22^2 pixels and are 1.3 to 2 times as high as wide. An IoU of 0.7
-        would leave one positive anchor an object, since cells lie far apart."""
+        would leave one positive anchor an object, since cells lie far apart; a digit
+        covers at most four of them, so that 8 bins see all of it."""
         return cls(
             anchor_sizes=(10, 14, 20),
             anchor_ratios=(1.0, 1.5, 2.0),
@@ -138,6 +139,7 @@ class Recipe:
             proposals=64,
             roi_samples=32,
             roi_positives=8,
+            roi_size=8,
             mask_channels=32,
             detection_candidates=64,
             detections=16,

@@ -3,9 +3,15 @@
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from kalman_flax.models.detection.boxes import make_anchors
+from kalman_flax.models.detection.matching import label_anchors
+from kalman_flax.models.detection.recipe import Recipe
 from tests.train.common import tiny_config
+from train.data.scene_objects import load_scenes
 from train.engine.detection import LOSSES
 from train.engine.experiment import build
 
@@ -37,6 +43,34 @@ def scenes_config(**overrides):
     return tiny_config(**options | overrides)
 
 
+def test_anchors_of_the_small_recipe_fit_the_digits():
+    """Several an object: one an object is too few to learn proposals from."""
+    recipe, size = Recipe.small(), jnp.array([64, 64])
+    objects = load_scenes((64, 1), 64).train.objects
+    anchors = make_anchors((8, 8), 8, recipe.anchor_sizes, recipe.anchor_ratios)
+
+    def label(boxes, valid):
+        labels, matched = label_anchors(
+            jnp.asarray(anchors.reshape(-1, 4)),
+            boxes,
+            valid,
+            jnp.zeros_like(valid),
+            size,
+            positive=recipe.rpn_positive,
+            negative=recipe.rpn_negative,
+            crowd_overlap=recipe.crowd_overlap,
+        )
+        return labels == 1, matched
+
+    valid = objects.labels > 0
+    positive, matched = jax.jit(jax.vmap(label))(objects.boxes, valid)
+    assert positive.sum() > 3 * valid.sum()
+    found = [
+        np.unique(m[p]).size for m, p in zip(*map(np.asarray, (matched, positive)))
+    ]
+    assert sum(found) > 0.97 * valid.sum()
+
+
 def test_two_steps_of_mask_rcnn():
     config = scenes_config(
         norm="batch",
@@ -55,3 +89,30 @@ def test_two_steps_of_mask_rcnn():
         assert found["loss"] == pytest.approx(sum(found[n] for n in LOSSES[:-1]))
         assert all(0 < found[name] < math.inf for name in LOSSES)
     assert losses[0]["mask"] == pytest.approx(math.log(2), abs=0.01)
+
+
+@pytest.mark.slow
+def test_it_finds_the_digits_that_it_was_trained_on():
+    """By the moving statistics and by those of each image. One block a stage."""
+    config = scenes_config(
+        network_options=dict(stage_sizes=(1, 1, 1, 1), roi_samples=16),
+        width=0,  # the network's own
+        batch_size=4,
+        train_examples=8,
+        test_examples=1,
+        eval_batch_size=8,
+        optimizer="adamw",
+        learning_rate=0.003,
+        warmup_epochs=0,
+        epochs=100,
+    )
+    experiment = build(config)
+    state = experiment.state
+    for step in range(experiment.total_steps):
+        state, _ = experiment.train_step(state, experiment.batch(step))
+    task = experiment.task
+    found = task.evaluate(state, task.train)
+    print({k: v for k, v in found.items() if "AP" in k})
+    assert found["moving_box_AP50"] > 0.5
+    assert found["batch_box_AP50"] > 0.5
+    assert found["moving_mask_AP50"] > 0.3
