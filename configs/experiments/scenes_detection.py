@@ -4,7 +4,10 @@ download.
     python -m train --config=configs/experiments/scenes_detection.py \\
         --workdir=runs/scenes
 
-2,000 updates of 8 scenes of 64 x 64.
+2,000 updates of 8 scenes of 64 x 64. Nobody ran all of them. Optimiser and rate are
+those by which one block a stage learned 8 scenes by heart, see `docs/detection.md`. By
+SGD (rate 0.02) gradients had norms of 5 to 6, which `clip_norm` cut to 1: after 20
+updates the masks' loss was 0.691, where it starts at 0.693.
 """
 
 from ml_collections import ConfigDict

@@ -29,6 +29,7 @@ ANCHORS = boxes.make_anchors((8, 8), 8, (12, 26), (0.5, 1, 2)).reshape(-1, 4)
 #: every anchor and every proposal is drawn
 ALL = dataclasses.replace(
     Recipe.small(),
+    rpn_positive=0.7,  # as of `greedy_labels`
     rpn_samples=1000,
     rpn_positives=1000,
     roi_samples=1000,
