@@ -71,6 +71,7 @@ def test_anchors_of_the_small_recipe_fit_the_digits():
     assert sum(found) > 0.97 * valid.sum()
 
 
+@pytest.mark.slow
 def test_two_steps_of_mask_rcnn():
     config = scenes_config(
         norm="batch",
