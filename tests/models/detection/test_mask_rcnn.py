@@ -127,14 +127,10 @@ def test_the_recipe_is_that_of_resnet50():
     assert params["mask_head"]["upsample"]["kernel"] == (2, 2, 2048, 256)
 
 
+@pytest.mark.slow  # beside the parts in test_heads.py
 @pytest.mark.parametrize(
     "name, pyramid",
-    [
-        ("batch", False),
-        pytest.param("kalman", False, marks=pytest.mark.slow),
-        pytest.param("group", False, marks=pytest.mark.slow),
-        pytest.param("kalman", True, marks=pytest.mark.slow),
-    ],
+    [("batch", False), ("kalman", False), ("group", False), ("kalman", True)],
 )
 def test_ten_steps_learn_and_leave_alone_what_is_frozen(name, pyramid):
     net = build(name, pyramid, freeze_at=2)

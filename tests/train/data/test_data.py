@@ -33,6 +33,7 @@ def test_digits_are_scikit_learns():
     assert (len(data.train.labels), len(data.test.labels)) == (1500, 297)
 
 
+@pytest.mark.slow  # beside the small sets of test_sets.py
 @pytest.mark.skipif(
     not (pathlib.Path(CIFAR_DIR) / "cifar10").is_dir() or not CIFAR_DIR,
     reason="no CIFAR-10: TFDS_DATA_DIR names no directory that holds cifar10",

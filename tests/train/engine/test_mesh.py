@@ -43,7 +43,7 @@ def assert_same_training(actual, expected):
 @pytest.mark.parametrize("norm, options", [
     ("kalman_wc", (("calibrate", "both"), ("decay_steps", 3))),
     ("moving_average", ()),
-    ("kalman_mc", ()),
+    pytest.param("kalman_mc", (), marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     "devices, accumulate", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 2)]
