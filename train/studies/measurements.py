@@ -1,7 +1,8 @@
-"""Tables of what was measured, made of the files of ``docs/results`` but runs.csv.
+"""Tables of single rows of the files of ``docs/results``.
 
-They are declared beside those of runs, with ``of = "timings"`` for ``timings.csv``. A
-row names one row of the file, a column may change the filter, and says what to `show`:
+They are declared beside those of many runs, with ``of = "timings"`` for
+``timings.csv``. A row names one row of the file, a column may change the filter, and
+says what to `show`:
 
 - ``number``: the entry of column `column`, divided by that of `over` and times `times`
   where there are such keys, with its `unit`;
@@ -23,14 +24,14 @@ import pandas as pd
 from kalman_flax._filter.state import check_choice
 from train.studies.report import markdown, show
 
-FILES = ("timings", "statistics", "evaluations")
+FILES = ("timings", "statistics", "evaluations", "runs")
 BASELINE = {"variant": "flax"}
 
 
 def read(folder: pathlib.Path, name: str) -> pd.DataFrame:
     """Returns all measurements of one of `FILES`."""
     check_choice("of", name, FILES)
-    return pd.read_csv(folder / f"{name}.csv")
+    return pd.read_csv(folder / f"{name}.csv", low_memory=False)
 
 
 def render(table: dict[str, Any], measured: pd.DataFrame) -> str:
