@@ -49,6 +49,7 @@ from kalman_flax.layers.signal import Signal
 from kalman_flax.models.bottleneck_resnet import BottleneckResNet
 from kalman_flax.models.detection.fpn import MaskRCNNFPN
 from kalman_flax.models.detection.mask_rcnn import MaskRCNN
+from kalman_flax.models.detection.recipe import Recipe
 from kalman_flax.models.inception import InceptionV2, SmallInception
 from kalman_flax.models.network import Network
 from kalman_flax.models.nf_resnet import NFResNet
@@ -152,6 +153,13 @@ SEGMENTERS: dict[str, Callable[..., Network]] = {
 DETECTORS: dict[str, Callable[..., MaskRCNN]] = {
     "mask_rcnn_c4": MaskRCNN,
     "mask_rcnn_fpn": MaskRCNNFPN,
+    "mask_rcnn_small": functools.partial(  # for images of 64x64
+        MaskRCNN,
+        recipe=Recipe.small(),
+        stage_sizes=(2, 2, 2, 1),
+        width=16,
+        stem_pool=False,
+    ),
 }
 
 #: Ends of names, and the kernels that they stand for.

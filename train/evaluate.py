@@ -38,11 +38,12 @@ from train.analysis.inference_statistics import (
 )
 from train.engine import trained_on
 from train.engine import workdir as wd
-from train.engine.classification import Classification, Images, classification_of
-from train.engine.detection import Detection, detection_of
+from train.engine.classification import Classification, Images
+from train.engine.detection import Detection
 from train.engine.experiment import Experiment, build
-from train.engine.segmentation import Segmentation, segmentation_of
+from train.engine.segmentation import Segmentation
 from train.engine.step import TrainState
+from train.engine.task import of_kind
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _SPLIT = flags.DEFINE_string(
@@ -78,7 +79,7 @@ def main() -> None:
         return _evaluate_segmentation(experiment, workdir)
     if isinstance(experiment.task, Detection):
         return _evaluate_detection(experiment, workdir)
-    task = classification_of(experiment.task)
+    task = of_kind(experiment.task, Classification)
     check_choice("split", _SPLIT.value, task.splits)
     split = task.splits[_SPLIT.value]
     last = state = trained_on.last_state(workdir, experiment)
@@ -121,7 +122,7 @@ def main() -> None:
 
 def _evaluate_segmentation(experiment: Experiment, workdir: pathlib.Path) -> None:
     """The same for a segmentation network."""
-    task, batches = segmentation_of(experiment.task), _PRECISE_BATCHES.value
+    task, batches = of_kind(experiment.task, Segmentation), _PRECISE_BATCHES.value
     if _EXAMPLE_WEIGHT.value is not None:
         raise ValueError("--example_weight is for classification; leave it out.")
     check_choice("split", _SPLIT.value, task.splits)
@@ -140,7 +141,7 @@ def _evaluate_segmentation(experiment: Experiment, workdir: pathlib.Path) -> Non
 
 def _evaluate_detection(experiment: Experiment, workdir: pathlib.Path) -> None:
     """The same for a detector."""
-    task, batches = detection_of(experiment.task), _PRECISE_BATCHES.value
+    task, batches = of_kind(experiment.task, Detection), _PRECISE_BATCHES.value
     if _EXAMPLE_WEIGHT.value is not None:
         raise ValueError("--example_weight is for classification; leave it out.")
     check_choice("split", _SPLIT.value, task.splits)

@@ -26,9 +26,10 @@ from train.analysis import stablehlo as artifact
 from train.data.encoded import Encoded
 from train.engine import trained_on
 from train.engine import workdir as wd
-from train.engine.classification import Classification, classification_of
+from train.engine.classification import Classification
 from train.engine.experiment import build
 from train.engine.step import TrainState
+from train.engine.task import of_kind
 
 NETWORK, VARIABLES, METADATA = "network.stablehlo", "variables.npz", "metadata.json"
 #: test images on which plain Flax is to give the same logits
@@ -46,7 +47,7 @@ def main() -> None:
     config = wd.read_config(workdir)
     experiment = build(config, cli.DATA_DIR.value)
     state = trained_on.last_state(workdir, experiment)
-    task = classification_of(experiment.task)
+    task = of_kind(experiment.task, Classification)
     network, variables = task.network, state.variables
     standardize, test = task.standardize, task.test
     images = standardize(test.read(np.arange(TRIED) % test.examples).images)

@@ -14,13 +14,14 @@ import pathlib
 
 import numpy as np
 import torch
+from torch import library as operators
 
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+schemas = operators.Library("torchvision", "DEF")
+schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
-    library.define(f"{name}(Tensor input, Tensor rois) -> Tensor")
-    library.define(f"_{name}_backward(Tensor grad, Tensor rois) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    schemas.define(f"{name}(Tensor input, Tensor rois) -> Tensor")
+    schemas.define(f"_{name}_backward(Tensor grad, Tensor rois) -> Tensor")
+schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import torchvision  # noqa: E402
 from torchvision.models.detection import _utils, anchor_utils  # noqa: E402

@@ -13,12 +13,13 @@ from train.analysis.draw import draw
 from train.data.picture_files import PictureFiles
 from train.engine import trained_on
 from train.engine import workdir as wd
-from train.engine.detection import Detection, detection_of
+from train.engine.detection import Detection
 from train.engine.detector import Detector
 from train.engine.mesh import make_key, make_mesh
 from train.engine.optimizer import make_optimizer
 from train.engine.settings import task_of
 from train.engine.step import create_state
+from train.engine.task import of_kind
 
 
 def restore(config: Any, workdir: pathlib.Path) -> tuple[Detection, Any]:
@@ -40,7 +41,7 @@ def restore(config: Any, workdir: pathlib.Path) -> tuple[Detection, Any]:
     task = task_of(config).without_data(config, mesh, kept)
     optimizer = functools.partial(make_optimizer, config)
     state = create_state(task, optimizer, make_key(mesh, config.seed), mesh)
-    return detection_of(task), wd.last_checkpoint(workdir, state)
+    return of_kind(task, Detection), wd.last_checkpoint(workdir, state)
 
 
 def find(task: Detection, state: Any, files: PictureFiles) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from kalman_flax.registry import KERNEL_MAPS
 from train.data.batches import draw_crops
 from train.engine import trained_on
 from train.engine import workdir as wd
-from train.engine.classification import classification_of
+from train.engine.classification import Classification
 from train.engine.experiment import Experiment, build
 from train.engine.mesh import over_devices
+from train.engine.task import of_kind
 
 ESTIMATES = ("observed", "predicted", "filtered", "moving")
 #: what is wrong with an estimate, root mean squares over channels and micro-batches
@@ -64,7 +65,7 @@ def restore(
     """
     config = watched(wd.read_config(workdir))
     experiment = build(config, data_dir)
-    classification_of(experiment.task)
+    of_kind(experiment.task, Classification)
     state = trained_on.last_state(workdir, experiment)
     return dataclasses.replace(experiment, state=state), config
 

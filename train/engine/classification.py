@@ -267,20 +267,6 @@ class Classification:
         return Totals(sums, self.config, self.mesh)
 
 
-def classification_of(task: Any) -> Classification:
-    """Returns `task`.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    if not isinstance(task, Classification):
-        raise ValueError(
-            "this is for runs of the task classification, not of"
-            f" {type(task).__name__}."
-        )
-    return task
-
-
 def score(
     name: str, logits: jax.Array, batch: Split, counts: jax.Array
 ) -> dict[str, jax.Array]:

@@ -260,19 +260,6 @@ class Detection:
         return Detector(self.network, self.standardize, self.config, self.mesh)
 
 
-def detection_of(task: Any) -> Detection:
-    """Returns `task`.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    if not isinstance(task, Detection):
-        raise ValueError(
-            f"this is for runs of the task detection, not of {type(task).__name__}."
-        )
-    return task
-
-
 def scales(config: Any) -> tuple[Scale, Scale]:
     """Returns how large images are to train and to test."""
     if config.dataset == "scenes":

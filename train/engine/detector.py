@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kalman_flax import compiler_options, registry
+from kalman_flax import compiler_options
 from kalman_flax._filter.state import check_choice
 from kalman_flax.layers.linear import RNG
-from kalman_flax.models.detection.mask_rcnn import MaskRCNN
-from kalman_flax.models.detection.recipe import Detections, Recipe
+from kalman_flax.models.detection.recipe import Detections
+from kalman_flax.registry import DETECTORS
 from train.data.batches import Standardize
 from train.data.objects import Canvases, PictureSource
 from train.engine import plugins
@@ -26,16 +25,6 @@ from train.engine.mesh import SPLIT, make_key, over_devices, same
 from train.engine.normalizer import make_normalization, options_of
 from train.engine.step import TrainState, apply_replicas
 
-#: by name; called with num_classes, and what `make_detector` says
-DETECTORS: dict[str, Callable[..., nn.Module]] = registry.DETECTORS | {
-    "mask_rcnn_small": functools.partial(
-        MaskRCNN,
-        recipe=Recipe.small(),
-        stage_sizes=(2, 2, 2, 1),
-        width=16,
-        stem_pool=False,
-    ),
-}
 #: A, by moving statistics, and B, by those of each image
 OPTIONS = ("moving", "batch")
 #: options of a detector that other keys set

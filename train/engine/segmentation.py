@@ -223,19 +223,6 @@ class Segmentation:
         return Totals(sums, self.config, self.mesh)
 
 
-def segmentation_of(task: Any) -> Segmentation:
-    """Returns `task`.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    if not isinstance(task, Segmentation):
-        raise ValueError(
-            f"this is for runs of the task segmentation, not of {type(task).__name__}."
-        )
-    return task
-
-
 def _sums(
     logits: jax.Array, labels: jax.Array, counts: jax.Array
 ) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 Tree = TypeVar("Tree")
+Kind = TypeVar("Kind")
 
 
 class Source(Protocol):
@@ -129,3 +130,17 @@ class Task(Protocol):
     def evaluate(self, state: Any, source: Source) -> dict[str, float]:
         """Returns what a `train.engine.step.TrainState` comes to on `source`."""
         ...
+
+
+def of_kind(task: Any, kind: type[Kind]) -> Kind:
+    """Returns `task`, for what is done with tasks of one class alone.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if not isinstance(task, kind):
+        raise ValueError(
+            f"this is for runs of the task {kind.__name__.lower()}, not of"
+            f" {type(task).__name__}."
+        )
+    return task

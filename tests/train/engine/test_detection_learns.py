@@ -124,6 +124,7 @@ def test_it_finds_the_digits_that_it_was_trained_on():
         state, _ = experiment.train_step(state, experiment.batch(step))
     task = experiment.task
     found = task.evaluate(state, task.train)
+    print({name: round(ap, 3) for name, ap in found.items() if name.endswith("AP50")})
     assert found["moving_box_AP50"] > 0.5
     assert found["batch_box_AP50"] > 0.5
     assert found["moving_mask_AP50"] > 0.3

@@ -18,11 +18,12 @@ from train.data.batches import Crops, Standardize
 from train.data.segment_sets import SegmentData
 from train.data.segments import IGNORE, Segments, augment_both
 from train.engine import loop, trained_on
-from train.engine.classification import classification_of
+from train.engine.classification import Classification
 from train.engine.experiment import build
 from train.engine.mesh import make_mesh
 from train.engine.segmentation import Segmentation, iou_and_dice
 from train.engine.step import TrainState
+from train.engine.task import of_kind
 
 NOTHING = TrainState(0, {}, {}, {}, ())
 CLASSES = ("background", "one", "two")
@@ -162,7 +163,7 @@ def test_a_run_and_its_evaluation(tiny, tmp_path):
     assert sum(int(line.split(",")[1]) for line in lines[1:]) == 6 * 48 * 48
     assert (tmp_path / "segments.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="classification, not of Segmentation"):
-        classification_of(task)
+        of_kind(task, Classification)
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import pytest
 from tests.train.common import tiny_config
 from train.engine import loop, metrics, plugins
 from train.engine import workdir as wd
-from train.engine.classification import classification_of
+from train.engine.classification import Classification
 from train.engine.experiment import build
+from train.engine.task import of_kind
 
 TOY = dict(plugins=("tests.train.engine.toy",), task="mean_pixel", crop_padding=3)
 
@@ -28,7 +29,7 @@ def test_a_second_task_trains_tests_and_resumes(tmp_path):
 def test_commands_for_images_say_so():
     config = tiny_config(**TOY)
     with pytest.raises(ValueError, match="classification, not of MeanPixel"):
-        classification_of(build(config).task)
+        of_kind(build(config).task, Classification)
 
 
 def test_devices_and_parts_change_nothing():
