@@ -203,6 +203,12 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "clip_norm": Key(
             0.0, "the gradient is made no longer than this; 0: left as it is", least=0
         ),
+        "clip_adaptive": Key(
+            0.0,
+            "the gradient of each unit, but for the head's, is made no longer than this"
+            " share of its weights (AGC; 0.01 to 0.16); 0: left as it is",
+            least=0,
+        ),
         "freeze": Key(
             (),
             'parameters that stay as they are, by patterns of their paths: ("stem*",)',

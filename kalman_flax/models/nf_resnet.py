@@ -63,7 +63,8 @@ class NFResNet(Network):
     first, 1 + alpha^2 after the first block of a stage, and alpha^2 more after another.
     No moments of an activation are ever taken: examples do not depend on one another,
     training and inference are the same. Use it at any micro-batch size, where large
-    batches or rates need it with `optax.adaptive_grad_clip` (Brock et al., 2021, "High-
+    batches or rates need it with `optax.adaptive_grad_clip` (in the trainer the config
+    key `clip_adaptive`; Brock et al., 2021, "High-
     performance large-scale image recognition without normalization"). It follows
     deepmind-research/nfnets but for stochastic depth, which is left out, the bottleneck
     in its blocks, and the initial values of the head.

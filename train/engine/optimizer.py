@@ -97,17 +97,34 @@ def make_optimizer(
         schedule: the learning rate by step.
     """
     links_of, _ = OPTIMIZERS[config.optimizer]
-    # Left out where nothing is clipped or frozen: checkpoints hold the state of each
-    # link.
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     links = links_of(schedule, config, **check_optimizer(config))
-    optimizer = optax.chain(*clip, *links)
-    if not config.freeze:
+    optimizer = optax.chain(*_clips(config), *links)
+    if (
+        not config.freeze
+    ):  # no link that does nothing: checkpoints hold each one's state
         return optimizer
     return optax.multi_transform(
         {"train": optimizer, "freeze": optax.set_to_zero()},
         functools.partial(labels, patterns=config.freeze),
     )
+
+
+def _clips(config: Any) -> Links:
+    """Returns what shortens the gradient: none where nothing is clipped, since
+    checkpoints hold the state of each link."""
+    links: Links = []
+    if config.clip_adaptive:
+        adaptive = optax.adaptive_grad_clip(config.clip_adaptive)
+        links.append(optax.masked(adaptive, _not_head))
+    if config.clip_norm:
+        links.append(optax.clip_by_global_norm(config.clip_norm))
+    return links
+
+
+def _not_head(params: Any) -> Any:
+    """Returns of each parameter whether it is not the classifier's, which Brock et al.
+    (2021, section 4.1) leave unclipped."""
+    return _by_path(lambda path: not path.startswith("head/"), params)
 
 
 def kernels(params: Any) -> Any:

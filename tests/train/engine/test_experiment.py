@@ -127,6 +127,45 @@ def test_long_gradients_are_clipped_before_weight_decay():
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+def test_adaptive_clipping_is_by_unit_and_leaves_the_head():
+    """Brock et al., 2021, Eq. 3, with their least norm of a unit, 1e-3."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "head": {"kernel": (4, 2)},
+    }
+    scale = np.float32([1e-5, 0.1, 1.0, 10.0])  # of the units: the first is below 1e-3
+    params, grads = (
+        jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype(np.float32),
+            shapes,
+            is_leaf=lambda shape: isinstance(shape, tuple),
+        )
+        for _ in range(2)
+    )
+    params["conv"]["kernel"] *= scale
+    config = tiny_config(
+        weight_decay=0.0, sgd_momentum=0.0, clip_adaptive=0.5, clip_norm=1e9
+    )
+    optimizer = make_optimizer(config, lambda _: 1.0)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+
+    expected = jax.tree.map(lambda grad: -grad.astype(np.float64), grads)
+    units = [(expected["conv"]["bias"], params["conv"]["bias"])]
+    units += [
+        (expected["conv"]["kernel"][..., unit], params["conv"]["kernel"][..., unit])
+        for unit in range(4)
+    ]
+    shortened = 0
+    for grad, weights in units:
+        most = 0.5 * max(np.linalg.norm(weights), 1e-3)
+        length = np.linalg.norm(grad)
+        shortened += length > most
+        grad *= min(1.0, most / length)
+    assert 0 < shortened < len(units)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_optimisers_by_name(name):
     """The first two updates of each, by hand."""
