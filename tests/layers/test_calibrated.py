@@ -208,3 +208,48 @@ def test_in_nnx():
 def test_what_cannot_be_calibrated(what):
     with pytest.raises(ValueError, match=r"calibrate is.*'var', 'both'"):
         kf.KalmanNorm(calibrate=what)
+
+
+class Block(nn.Module):
+    rule: str
+
+    @nn.compact
+    def __call__(self, x, _):
+        norm = kf.KalmanNorm(False, gain=0.3, rule=self.rule, calibrate="both")
+        return kf.relu(norm(kf.Conv(3, (3, 3))(x))), None
+
+
+@pytest.mark.parametrize("rule", ["mixture", "paper"])
+def test_remat_and_scan_are_the_loop(rule):
+    """Two blocks and two steps, so that the second step is corrected by the first."""
+    axes = {"params": 0, "batch_stats": 0}
+    scanned = nn.scan(Block, axes, split_rngs={"params": True}, length=2)(rule)
+    again = nn.remat(Block)(rule)
+    x = Signal(VALUE[..., :3], KalmanState(jnp.zeros(3), jnp.ones(3)))
+    variables = jax.jit(lambda: scanned.init(KEY, x, None))()
+
+    def loop(block, variables, x):
+        written = []
+        for index in range(2):
+            own = jax.tree.map(lambda leaf: leaf[index], variables)
+            (x, _), updates = block.apply(own, x, None, mutable=["batch_stats"])
+            written.append(updates)
+        return x.value, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
+
+    def scan(variables, x):
+        (y, _), updates = scanned.apply(variables, x, None, mutable=["batch_stats"])
+        return y.value, updates
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def second_step(run):
+        stats = run(variables, x)[1]
+
+        def loss(params):
+            y, updates = run({"params": params, **stats}, x)
+            return jnp.mean(jnp.sin(y)), updates
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    expected = second_step(functools.partial(loop, Block(rule)))
+    for run in (scan, functools.partial(loop, again)):
+        chex.assert_trees_all_close(second_step(run), expected, rtol=1e-4, atol=1e-5)
