@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs.experiments import cifar10_half
 
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 #: where the pre-trained networks are, by what they normalise with
 RUNS = {
     "batch": "runs/half_batch",
