@@ -62,7 +62,7 @@ def _entries() -> list[tuple[str, dict[str, Any]]]:
         ("kalman", {"norm": "kalman"}),
         ("kalman seeded", {"norm": "kalman", "norm_options": SEEDED}),
         (
-            "kalman seeded, constant",
+            "kalman seeded constant",
             {
                 "norm": "control_constant_correction",
                 "norm_options": SEEDED | {"gain": 0.0},
