@@ -21,13 +21,13 @@ def get_config() -> ConfigDict:
     config.norm = "batch"
     config.batch_size = 64
     config.micro_batch_size = 64
-    config.epochs = 12
+    config.epochs = 20
     config.warmup_epochs = 1
     config.optimizer = "adamw"
     config.learning_rate = 0.003
     config.clip_norm = 1.0
     config.weight_decay = 1e-4
-    config.eval_epochs = 12
-    config.checkpoint_epochs = 3
+    config.eval_epochs = 20
+    config.checkpoint_epochs = 5
     config.eval_batch_size = 99
     return config
