@@ -16,6 +16,12 @@ workdir. Writes NAME.csv, NAME.json (with command, hardware, versions) and NAME.
            thirty on one batch, slim but at their true depth, which show whether each
            learns; on the embedded digits where a data set is not there
 
+table6, of detection, is at short and smoke another experiment: digit scenes in place of
+COCO, a classifier of digits in place of one of ImageNet. At full it needs both:
+
+    python -m train.reproduce table6 --data_dir=COCO --workdir=runs/coco \\
+        --init_from=resnet50.safetensors,runs/resnet50_group
+
 What a run has less than the paper's stands below the table, and in the files.
 """
 
