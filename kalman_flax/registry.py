@@ -137,6 +137,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     ),
     "nf_resnet": NFResNet,  # by itself, or with the norm "normalizer_free"
     "small_inception": SmallInception,
+    "resnet14": functools.partial(
+        BottleneckResNet, stage_sizes=(1, 1, 1, 1), width=16, stem_pool=False
+    ),
     # For 224x224 images
     "resnet50": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 6, 3)),
     "resnet101": functools.partial(BottleneckResNet, stage_sizes=(3, 4, 23, 3)),

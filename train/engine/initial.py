@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -66,15 +66,19 @@ def loaded(config: Any, experiment: Experiment, workdir: pathlib.Path) -> Experi
     )
     state = state.replace(**{name: tree.get(name, {}) for name in COLLECTIONS})
     if any(path[-1] in CORRECTION for path in ours.keys() - found.keys()):
-        state = seed(config, experiment, state)
+        state = seed(config, experiment, state, known=found.keys())
     return dataclasses.replace(experiment, state=state)
 
 
-def seed(config: Any, experiment: Experiment, state: TrainState) -> TrainState:
+def seed(
+    config: Any, experiment: Experiment, state: TrainState, known: Collection[Path]
+) -> TrainState:
     """Returns the loaded state with what `KalmanNorm.calibrate` makes of its running
     statistics: training begins as with frozen batch norm.
 
-    One pass over the first batch; its examples matter behind a max-pool alone.
+    One pass over the first batch; its examples matter alone where the filter observes
+    on the way: behind a max-pool, and on a detector's crops. Layers whose statistics
+    are not `known`, but new, have nothing to be seeded by.
     """
     task, mesh = experiment.task, experiment.mesh
 
@@ -91,7 +95,12 @@ def seed(config: Any, experiment: Experiment, state: TrainState) -> TrainState:
     variables = seed_calibration(
         jax.jit(forward), state.variables, experiment.batch(0), draws
     )
-    return state.replace(batch_stats=variables["batch_stats"])
+    fresh = traverse_util.flatten_dict(state.batch_stats)
+    stats = {
+        path: leaf if ("batch_stats", *path[:-1], "mean") in known else fresh[path]
+        for path, leaf in traverse_util.flatten_dict(variables["batch_stats"]).items()
+    }
+    return state.replace(batch_stats=traverse_util.unflatten_dict(stats))
 
 
 def check(config: Any, workdir: pathlib.Path) -> None:

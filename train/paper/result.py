@@ -19,6 +19,7 @@ OURS = ", ours"
 #: how a unit is printed
 FORMATS = {
     "accuracy (%)": "{:.2f}",
+    "AP (%)": "{:.1f}",
     "steps": "{:,.0f}",
     "examples/s": "{:.2f}",
     "ratio": "{:.3f}",

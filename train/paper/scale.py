@@ -11,6 +11,7 @@ from configs import base
 from configs.experiments import cifar10_short, cifar10_tiny
 from configs.studies import micro_batch_sizes
 from kalman_flax.models import ResNet
+from train.data import scene_objects
 from train.data.sets import check_prepared, examples
 
 SCALES = ("full", "short", "smoke")
@@ -33,6 +34,9 @@ _SMOKE = {
 SLIM = ("resnet50", "resnet101", "inception_v2")
 RESNET8 = {"network": "cifar_resnet", "blocks_per_stage": 1, "width": 32}
 _DEEP = {"width": 8, "epochs": 30, "eval_epochs": 30}
+
+#: images to train and to test on of what is no set of `train.data.sets`
+_OF_OBJECTS = {"coco": (118_287, 5_000), "scenes": scene_objects.EXAMPLES}
 
 #: keys that change neither what is computed nor how much of it
 _UNESSENTIAL = (
@@ -88,7 +92,7 @@ def _short(config: ConfigDict) -> dict[str, Any]:
 
 
 def _images(config: ConfigDict) -> tuple[int, int]:
-    train, test = examples(config.dataset)
+    train, test = _OF_OBJECTS.get(config.dataset) or examples(config.dataset)
     return config.train_examples or train, config.test_examples or test
 
 
@@ -124,7 +128,7 @@ def _rest(config: ConfigDict) -> dict[str, Any]:
     for key in (*_UNESSENTIAL, "train_examples", "test_examples", "epochs", "dataset"):
         del rest[key]
     if config.schedule != "step":
-        del rest["step_epochs"], rest["step_factors"]
+        del rest["step_epochs"], rest["step_drops"], rest["step_factors"]
     if config.dataset != "imagenet2012":
         del rest["image_size"]
     n, width = rest.pop("blocks_per_stage"), rest.pop("width")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
@@ -31,6 +32,8 @@ class Request(NamedTuple):
         networks: those to train, as at full size; None: all.
         norms: those to train with; None: all.
         micro_batch_sizes: likewise.
+        init_from: of Table 6 at full size: the ResNet-50s to fine-tune, pre-trained
+            with batch norm and with group norm.
     """
 
     scale: str = "full"
@@ -41,6 +44,20 @@ class Request(NamedTuple):
     networks: list[str] | None = None
     norms: list[str] | None = None
     micro_batch_sizes: list[int] | None = None
+    init_from: Sequence[str] = ()
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The workdir.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.workdir is None:
+            raise ValueError(
+                "this trains networks; pass --workdir=DIR to keep them in."
+            )
+        return self.workdir
 
     def wants(self, full: ConfigDict) -> bool:
         """Whether a run of the paper is asked for."""
@@ -87,18 +104,26 @@ def name_of(config: ConfigDict) -> str:
     )
 
 
-def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Series]:
+def train_all(
+    request: Request,
+    wanted: dict[Cell, ConfigDict],
+    scale: Callable[[ConfigDict, str, str | None], ConfigDict] = scaled,
+) -> dict[Cell, Series]:
     """Runs what is missing of `wanted`, full configs, and returns them, but for those
     that `request` does not want.
+
+    Args:
+        request: of a user.
+        wanted: the runs.
+        scale: cuts a run down, as `scaled` does.
 
     Raises:
         ValueError: no workdir, or a bad config.
         FileNotFoundError: a data set is not there; said before anything is run.
     """
-    if request.workdir is None:
-        raise ValueError("this trains networks; pass --workdir=DIR to keep them in.")
+    folder = request.folder
     configs = {
-        cell: scaled(full, request.scale, request.data_dir)
+        cell: scale(full, request.scale, request.data_dir)
         for cell, full in wanted.items()
         if request.wants(full)
     }
@@ -107,7 +132,7 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
     for seed in range(request.seeds):  # outermost: half a table is a table too
         for name, config in by_name.items():
             config = configure(config, Entry(name, {}), seed)
-            run_dir = request.workdir / f"{name}-seed{config.seed}"
+            run_dir = folder / f"{name}-seed{config.seed}"
             jobs.append(Job(config, name, run_dir))
     found = {name: ([], []) for name in by_name}
     for job, run in zip(jobs, run_all(jobs, request.data_dir)):
@@ -118,6 +143,20 @@ def train_all(request: Request, wanted: dict[Cell, ConfigDict]) -> dict[Cell, Se
         cell: Series(wanted[cell], config, *found[name_of(config)])
         for cell, config in configs.items()
     }
+
+
+def result_of(
+    row: str, column: str, paper: str, measure: Measure, series: Series | None
+) -> result.Result:
+    """Returns what the runs of a cell came to; None for runs that were not wanted."""
+    found = result.Result(row, column, paper, measure.unit)
+    if series is None:
+        return found
+    return found._replace(
+        values=measure.values(series.runs),
+        missing=measure.missing,
+        **series.described(),
+    )
 
 
 class Column(NamedTuple):
@@ -184,14 +223,7 @@ class Trained:
 
     def _result(self, row: str, column: str, series: Series | None) -> result.Result:
         measure = self.columns[column].measure
-        found = result.Result(row, column, self._paper(row, column), measure.unit)
-        if series is None:
-            return found
-        return found._replace(
-            values=measure.values(series.runs),
-            missing=measure.missing,
-            **series.described(),
-        )
+        return result_of(row, column, self._paper(row, column), measure, series)
 
     def _differences(self, results: list[result.Result]) -> list[result.Result]:
         by_cell = {(each.row, each.column): each for each in results}

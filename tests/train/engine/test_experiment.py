@@ -45,7 +45,11 @@ def test_every_config_makes_a_network(name):
         for path, _ in jax.tree_util.tree_leaves_with_path(shapes["params"])
         if path[-1].key == "kernel"
     ]
-    sizes = {"cifar_resnet": 6 * config.blocks_per_stage + 2, "resnet50": 54}
+    sizes = {
+        "cifar_resnet": 6 * config.blocks_per_stage + 2,
+        "resnet14": 18,
+        "resnet50": 54,
+    }
     assert len(kernels) == sizes[config.network]
 
 

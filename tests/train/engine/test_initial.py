@@ -177,6 +177,29 @@ def test_calibration_begins_as_the_checkpoint_normalises(pretrained):
     np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
 
 
+def test_new_layers_are_not_seeded(pretrained, monkeypatch):
+    """Their running statistics, 0 and 1, say nothing."""
+    workdir, _ = pretrained("batch")
+    whole = initial.read(str(workdir), build(tiny_config()).mesh)
+    new = "stage2_block1"
+    known = {path: leaf for path, leaf in whole.variables.items() if new not in path}
+    monkeypatch.setattr(initial, "read", lambda *_: whole._replace(variables=known))
+    monkeypatch.setattr(
+        initial, "seed_calibration", lambda _, variables, *__: jax.tree.map(
+            lambda leaf: leaf + 1, variables
+        )
+    )  # fmt: skip
+    fresh, loaded = started(
+        norm="kalman",
+        norm_options={"calibrate": "both"},
+        new_layers=(f"{new}/*", "head/*"),
+        init_from=str(workdir),
+    )
+    corrections = {path for path in loaded if path.split("/")[-1] in initial.CORRECTION}
+    moved = {p.split("/")[1] for p in corrections if (loaded[p] != fresh[p]).any()}
+    assert moved == {p.split("/")[1] for p in corrections} - {new}
+
+
 def test_what_is_not_there(tmp_path):
     for path, why in (("none", "init_from is none, which is not there"),
                       (str(tmp_path), r"no config\.json")):  # fmt: skip

@@ -307,7 +307,8 @@ def test_what_a_table_needs(tmp_path):
     "arguments, status, message",
     [
         (["--list"], 0, "table8: CIFAR-10, CIFAR-100 and SVHN accuracy by normaliser"),
-        (["table6"], 1, "'table1', 'table2', 'table3', 'table4', 'table5', 'table7'"),
+        (["table9"], 1, "'table1', 'table2', 'table3', 'table4', 'table5', 'table6'"),
+        (["table6", "--workdir=nowhere"], 1, "table6 at full size lacks COCO 2017"),
     ],
 )
 def test_command(arguments, status, message):
