@@ -1,6 +1,7 @@
 """`KalmanNorm.calibrate`: what is kept, who averages it, and where it is not."""
 
 import functools
+import operator
 
 import chex
 import flax.linen as nn
@@ -231,7 +232,7 @@ def test_remat_and_scan_are_the_loop(rule):
     def loop(block, variables, x):
         written = []
         for index in range(2):
-            own = jax.tree.map(lambda leaf: leaf[index], variables)
+            own = jax.tree.map(operator.itemgetter(index), variables)
             (x, _), updates = block.apply(own, x, None, mutable=["batch_stats"])
             written.append(updates)
         return x.value, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
