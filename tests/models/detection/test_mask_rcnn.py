@@ -84,6 +84,26 @@ def initialised(name, pyramid=False):
     return init(KEY, INPUTS, True)
 
 
+def filled(net, inputs=INPUTS):
+    """Variables of random numbers, of the size that training gives them. Initialising
+    takes as long as a test."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        found = {
+            "kernel": noise * (2 / max(1, np.prod(leaf.shape[:-1]))) ** 0.5,
+            "bias": 0.1 * noise,
+            "mean": 0.1 * noise,
+            "scale": np.exp(0.2 * noise),
+            "var": np.exp(0.2 * noise),
+        }.get(path[-1].key, np.zeros(leaf.shape))
+        return found.astype(leaf.dtype)
+
+    shapes = jax.eval_shape(lambda: net.init(KEY, inputs, True))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
 def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
     losses, written = net.apply(
         {"params": params, "batch_stats": stats},
