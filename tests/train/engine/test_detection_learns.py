@@ -120,9 +120,9 @@ def test_two_steps_of_mask_rcnn(overrides):
         assert found["loss"] == pytest.approx(sum(found[n] for n in LOSSES[:-1]))
         assert all(0 < found[name] < math.inf for name in LOSSES)
     assert losses[0]["mask"] == pytest.approx(math.log(2), abs=0.01)
-    for before, after in ((first.params, last.params), (first[2], last[2])):
-        moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
-        assert jax.tree.all(moved), moved
+    before, after = ((state.params, state.batch_stats) for state in (first, last))
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
+    assert jax.tree.all(moved), moved
 
 
 @pytest.mark.slow
