@@ -16,6 +16,7 @@ from tests.models.detection.test_mask_rcnn import build as build_network
 from tests.models.detection.test_mask_rcnn import filled
 from tests.reference.plain_detector import PlainDetector
 from tests.train.data.coco_files import make_coco
+from tests.train.data.pictures import put
 from tests.train.engine.test_detection import coco_config, detection_config
 from train.analysis import programs
 from train.analysis.detections import find
@@ -28,48 +29,45 @@ from train.engine.detection import Detection, scales
 from train.engine.experiment import build
 from train.engine.mesh import make_mesh
 
-PARAGRAPHS = pathlib.Path("docs/detection.md").read_text()
+PAGE = pathlib.Path("docs/detection.md").read_text()
 
 
-@pytest.mark.parametrize("size", [(90, 60), (50, 70)])
 def test_the_snippet_of_the_documents_finds_what_detect_finds(
-    size, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
     """On canvases of both kinds, with a network that stands in for a detector."""
     config = coco_config()
     experiment = build(config, str(make_coco(tmp_path)), devices=jax.devices()[:1])
     task, state = experiment.task, experiment.state
     exported = programs.export(task, state.variables)
-    assert set(exported.programs) == {
-        "network_32x64.stablehlo",
-        "network_64x32.stablehlo",
-    }
     assert exported.plain.norm == "flax.linen.BatchNorm(epsilon=1e-05)"
-    (tmp_path / "exported").mkdir()
-    for name, serialized in exported.programs.items():
-        (tmp_path / "exported" / name).write_bytes(serialized)
-    described = json.dumps(exported.described)
-    (tmp_path / "exported/metadata.json").write_text(described)
-    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    files = PictureFiles([tmp_path / "photo.jpg"], scales(config)[1], MAX_PIXELS)
-    expected = find(task, state, files)["annotations"][::-1]
-
-    [snippet] = re.findall(r"^```python\n(.*?)^```", PARAGRAPHS, re.M | re.S)
-    assert "kalman_flax" not in snippet and "train" not in snippet
+    files = {
+        **exported.programs,
+        "metadata.json": json.dumps(exported.described).encode(),
+    }
+    assert set(files) >= {"network_32x64.stablehlo", "network_64x32.stablehlo"}
+    for name, content in files.items():
+        put(tmp_path / "exported" / name, content)
+    [snippet] = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    assert "kalman_flax" not in snippet
     monkeypatch.chdir(tmp_path)
-    exec(snippet, given := {})
     names = dict(zip(task.categories.ids, task.categories.names))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(expected) > 0
-    for line, each in zip(lines, expected):
-        name, score, *box = line.replace("[", "").replace("]", "").split()
-        assert name == names[each["category_id"]]
-        assert float(score) == pytest.approx(each["score"], abs=1e-3)
-        x, y, width, height = each["bbox"]
-        corners = [x, y, x + width, y + height]
-        np.testing.assert_allclose(np.float64(box), corners, atol=0.1)
-    assert given["found"]["masks"].shape[:2] == given["found"]["scores"].shape
+    photo = tmp_path / "photo.jpg"
+    for shape in ((60, 90), (70, 50)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        Image.fromarray(pixels).save(photo)
+        looked_at = PictureFiles([photo], scales(config)[1], MAX_PIXELS)
+        expected = find(task, state, looked_at)["annotations"][::-1]
+        exec(snippet, {})
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(expected) > 0
+        for line, each in zip(lines, expected):
+            name, score, *box = re.sub(r"[\[\]]", "", line).split()
+            assert name == names[each["category_id"]]
+            assert float(score) == pytest.approx(each["score"], abs=1e-3)
+            x, y, width, height = each["bbox"]
+            corners = [x, y, x + width, y + height]
+            np.testing.assert_allclose(np.float64(box), corners, atol=0.1)
 
 
 RANDOM = np.random.default_rng(0)
