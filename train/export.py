@@ -6,34 +6,38 @@ Inference is by moving statistics (option A). Writes
 
     network.stablehlo  the whole network, standardisation and weights included, for
                        `jax.export.deserialize`: any number of uint8 images, as the data
-                       set has them, to logits; on CPUs, NVIDIA GPUs and TPUs
+                       set has them, to logits, of a segmentation network to those of
+                       every pixel; on CPUs, NVIDIA GPUs and TPUs
     variables.npz      for your own network in plain Flax: params and batch_stats by
                        path, kernels as they are used, and standardize/mean and scale
-    metadata.json      inputs, outputs, class names, test accuracy, config, versions
+    metadata.json      inputs, outputs, class names, test numbers, config, versions
+
+Of a detector there is a network_HxW.stablehlo for each kind of canvas, from images and
+their sizes to boxes, scores, labels and masks. It needs the run, and not the data that
+it was trained on: its test numbers are those that the run ended with.
 
 The second is not written where there is nothing in Flax that it would fit: normalisers
 that are neither batch norm nor group norm in inference. It is NumPy's own format, which
 every version of everything reads.
 """
 
+import pathlib
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from train import cli
-from train.analysis import stablehlo as artifact
-from train.data.encoded import Encoded
+from train.analysis import detections, programs
 from train.engine import trained_on
 from train.engine import workdir as wd
-from train.engine.classification import Classification
+from train.engine.detection import Detection
 from train.engine.experiment import build
+from train.engine.settings import check, task_of
 from train.engine.step import TrainState
-from train.engine.task import of_kind
+from train.engine.task import Task
 
-NETWORK, VARIABLES, METADATA = "network.stablehlo", "variables.npz", "metadata.json"
-#: test images on which plain Flax is to give the same logits
-TRIED = 8
+VARIABLES, METADATA = "variables.npz", "metadata.json"
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write, new or empty.")
@@ -45,67 +49,67 @@ def main() -> None:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another --output.")
     config = wd.read_config(workdir)
-    experiment = build(config, cli.DATA_DIR.value)
-    state = trained_on.last_state(workdir, experiment)
-    task = of_kind(experiment.task, Classification)
-    network, variables = task.network, state.variables
-    standardize, test = task.standardize, task.test
-    images = standardize(test.read(np.arange(TRIED) % test.examples).images)
-    plain = artifact.plain_variables(network, variables, images)
-    serialized = artifact.serialize(network, variables, standardize, test.image_shape)
+    task, state = _restore(config, workdir)
+    exported = programs.export(task, state.variables)
+    plain, found = exported.plain, _numbers(workdir, task, state)
     metadata = {
         "run": str(workdir),
-        **_describe(task, state),
+        "step": int(state.step),
+        **exported.described,
+        "test": found,
         "variables": plain and {"file": VARIABLES, "norm": plain.norm},
         "config": config.to_dict(),
         **wd.provenance(),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / NETWORK).write_bytes(serialized)
+    for name, serialized in exported.programs.items():
+        (output / name).write_bytes(serialized)
     if plain:
-        first = {f"standardize/{k}": v for k, v in standardize._asdict().items()}
+        first = {f"standardize/{k}": v for k, v in exported.standardize.items()}
         np.savez(output / VARIABLES, **first, **plain.variables)
     wd.write_json(output / METADATA, metadata)
-    print(f"step {metadata['step']}, test accuracy {metadata['test']['accuracy']:.2%}")
+    headline = task.headline.removeprefix("moving_")
+    shown = "test numbers unknown: the run has not ended"
+    if found:
+        shown = f"test {headline.replace('_', ' ')} {found[headline]:.4f}"
+    print(f"step {metadata['step']}, {shown}")
     if not plain:
         print(
-            f"no {VARIABLES}: in inference normaliser {config.norm!r} is neither batch"
-            " norm nor group norm of Flax"
+            f"no {VARIABLES}: in inference normaliser {config.norm!r} is neither"
+            " batch norm nor group norm of Flax"
         )
-    names = [NETWORK, *([VARIABLES] if plain else []), METADATA]
+    names = [*exported.programs, *([VARIABLES] if plain else []), METADATA]
     print(f"written: {output}/{', '.join(names)}")
 
 
-def _describe(task: Classification, state: TrainState) -> dict[str, Any]:
-    """What goes in, what comes out, and how good it is."""
-    test = task.test
-    found = task.evaluate(state, test)
-    preparation = "pixels as the data set has them; the network standardises them"
-    if isinstance(test, Encoded):
-        preparation += (
-            "; RGB, of the shorter side the central 224/256, resized with antialiasing"
-        )
+def _restore(config: Any, workdir: pathlib.Path) -> tuple[Task, TrainState]:
+    """The task of a run, and its last checkpoint."""
+    check(config)
+    if issubclass(task_of(config), Detection):
+        return detections.restore(config, workdir)
+    experiment = build(config, cli.DATA_DIR.value)
+    return experiment.task, trained_on.last_state(workdir, experiment)
+
+
+def _numbers(
+    workdir: pathlib.Path, task: Task, state: TrainState
+) -> dict[str, Any] | None:
+    """How good it is by moving statistics, on how many images; None if nothing here
+    says it."""
+    if isinstance(task, Detection):
+        summary = wd.read_summary(workdir)
+        if summary is None or summary["steps"] != int(state.step):
+            return None
+        images, prefix, found = summary["test_images"], "test_moving_", summary
+    else:
+        images, prefix = task.test.examples, "moving_"
+        found = task.evaluate(state, task.test)
     return {
-        "step": int(state.step),
-        "network": {"file": NETWORK, "platforms": artifact.PLATFORMS},
-        "input": {
-            "shape": ["batch", *test.image_shape],
-            "dtype": "uint8",
-            "preparation": preparation,
-        },
-        "output": {
-            "shape": ["batch", task.network.num_classes],
-            "dtype": "float32",
-            "meaning": "logits; their softmax are the probabilities of the classes",
-        },
-        "classes": task.dataset.classes,
-        "test": {
-            "images": test.examples,
-            **{
-                name.removeprefix("moving_"): value
-                for name, value in found.items()
-                if name.startswith("moving_")
-            },
+        "images": images,
+        **{
+            name.removeprefix(prefix): value
+            for name, value in found.items()
+            if name.startswith(prefix)
         },
     }
 

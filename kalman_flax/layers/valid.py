@@ -34,7 +34,7 @@ def fit(valid: Any, shape: Sequence[int]) -> jax.Array:
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     try:
-        return np.broadcast_shapes(shape, to) == tuple(to)
+        return jnp.broadcast_shapes(shape, to) == tuple(to)
     except ValueError:
         return False
 

@@ -45,6 +45,12 @@ def crop(y, like):
     return y.value[:, :h, :w]
 
 
+def no_border(axes):
+    """In place of `convolution._over_positions`: as if each tap saw the map always."""
+    taps = math.prod(axis.taps for axis in axes)
+    return np.ones(taps), np.zeros((taps, taps))
+
+
 class Net(nn.Module):
     """Strides, both pools, a shortcut, a concatenation, and up again."""
 
@@ -73,10 +79,6 @@ class Net(nn.Module):
 def test_a_network_on_a_canvas(norm, monkeypatch):
     """Values, running statistics and gradients. The share of the border, which KN has
     of the canvas, is left out here, and has a test of its own."""
-
-    def no_border(axes):
-        taps = math.prod(axis.taps for axis in axes)
-        return np.ones(taps), np.zeros((taps, taps))
 
     monkeypatch.setattr(convolution, "_over_positions", no_border)
     x, net = image(), Net(norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,38 +16,24 @@ from jax import export
 from kalman_flax import Conv, export_batch_norm, relu
 from kalman_flax.baselines.flax_norms import BatchNorm
 from kalman_flax.layers.linear import RNG
-from train.data.batches import Standardize
 from train.engine.classification import infer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def serialize(
-    network: nn.Module,
-    variables: Any,
-    standardize: Standardize,
-    image_shape: tuple[int, ...],
-) -> bytes:
-    """Returns inference by moving statistics, weights and all, for `jax.export`.
+def serialize(serve: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> bytes:
+    """Returns a function, weights and all, for `jax.export`.
 
     Args:
-        network: maps standardised images to logits.
-        variables: the network's collections.
-        standardize: what to do to the images first.
-        image_shape: ``[H, W, C]``.
+        serve: maps arrays ``[N, ...]`` to arrays, or to a dict of them.
+        inputs: shapes and dtypes of its arguments, without the leading N.
 
     Returns:
-        StableHLO for all `PLATFORMS`, of a function from ``[N, H, W, C]`` uint8 for any
-        N to logits ``[N, num_classes]`` float32.
+        StableHLO for all `PLATFORMS`, and for any N.
     """
-    variables = jax.device_get(variables)
-
-    def serve(images: jax.Array) -> jax.Array:
-        return infer(network, variables, standardize(images))
-
     (batch,) = export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-    return export.export(jax.jit(serve), platforms=PLATFORMS)(images).serialize()
+    arguments = [jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for x in inputs]
+    return export.export(jax.jit(serve), platforms=PLATFORMS)(*arguments).serialize()
 
 
 class Plain(NamedTuple):
@@ -62,41 +49,49 @@ class Plain(NamedTuple):
 
 
 def plain_variables(
-    network: nn.Module, variables: Any, images: jax.Array
+    network: nn.Module,
+    variables: Any,
+    inputs: Any,
+    outputs: Callable[[nn.Module, Any, Any], Any] = infer,
 ) -> Plain | None:
     """Returns the variables with which the same network in plain Flax infers the same.
 
     Kernels are stored as they are used, what only training needs is left out. That the
-    logits are the same is not believed but tried, on `images`.
+    outputs are the same is not believed but tried, on `inputs`.
 
     Args:
-        network: one of `kalman_flax.NETWORKS`.
+        network: one of `kalman_flax.NETWORKS`, or of another task.
         variables: its collections.
-        images: standardised, ``[N, H, W, C]``.
+        inputs: as it takes them.
+        outputs: maps a network, its variables and `inputs` to what is compared.
 
     Returns:
         None where there are no such variables: in inference, the normaliser is neither
         Flax's batch norm nor its group norm.
     """
-    network = network.clone(dtype=jnp.float32)  # else the logits differ by rounding
+    network = network.clone(dtype=jnp.float32)  # else outputs differ by rounding
     plain = _in_flax(network)
     key = jax.random.key(0)
-    needed = jax.eval_shape(lambda: plain.init(key, images, use_running_average=True))
+    needed = jax.eval_shape(lambda: plain.init(key, inputs, use_running_average=True))
     needed = traverse_util.flatten_dict(needed, sep="/")
     if not needed.keys() <= traverse_util.flatten_dict(variables, sep="/").keys():
         return None
     exported = export_batch_norm(
-        network, variables, images, use_running_average=True, rngs={RNG: key}
+        network, variables, inputs, use_running_average=True, rngs={RNG: key}
     )
     flat = traverse_util.flatten_dict(exported, sep="/")
     flat = {path: np.asarray(flat[path]) for path in needed}
     with jax.default_matmul_precision("highest"):
-        logits = jax.jit(infer, static_argnums=0)
-        expected = logits(network, variables, images)
-        found = logits(plain, traverse_util.unflatten_dict(flat, sep="/"), images)
-    if not np.allclose(found, expected, atol=1e-4 * np.abs(expected).max()):
+        tried = jax.jit(outputs, static_argnums=0)
+        expected = tried(network, variables, inputs)
+        found = tried(plain, traverse_util.unflatten_dict(flat, sep="/"), inputs)
+    if not jax.tree.all(jax.tree.map(_close, found, expected)):
         return None
     return Plain(flat, _written(plain.norm()))
+
+
+def _close(found: jax.Array, expected: jax.Array) -> bool:
+    return np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def _in_flax(network: nn.Module) -> nn.Module:

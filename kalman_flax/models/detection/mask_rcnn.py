@@ -208,7 +208,7 @@ class MaskRCNN(Normalized):
         for x, stride, sizes in zip(maps, self.strides, self._anchor_sizes):
             shape = x.shape[1:3]
             of_map = make_anchors(shape, stride, sizes, recipe.anchor_ratios)
-            cells = valid_cells(size, shape, stride).reshape(len(size), -1)
+            cells = valid_cells(size, shape, stride).reshape(size.shape[0], -1)
             anchors.append(of_map.reshape(-1, 4))
             in_image.append(jnp.repeat(cells, of_map.shape[2], axis=1))
         return Parts(

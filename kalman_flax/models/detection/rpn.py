@@ -64,7 +64,7 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for features in maps:
             x = nn.relu(shared(features))
-            count = len(x)
+            count = x.shape[0]  # it may be a symbol, for `jax.export`
             logits.append(objectness(x).reshape(count, -1).astype(jnp.float32))
             deltas.append(box(x).reshape(count, -1, 4).astype(jnp.float32))
         return logits, deltas

@@ -43,7 +43,7 @@ class FakeDetector(nn.Module):
             self.stem(Signal(inputs["image"])), use_running_average=use_running_average
         )
         found = self.head(nn.relu(x.value).mean((1, 2))).reshape(
-            len(x.value), SLOTS, -1
+            x.value.shape[0], SLOTS, -1
         )
         boxes, logits, masks = jnp.split(found, [4, 4 + self.num_classes], -1)
         size = jnp.tile(inputs["size"][:, ::-1], 2)[:, None]

@@ -71,25 +71,70 @@ def test_anchors_of_the_small_recipe_fit_the_digits():
     assert sum(found) > 0.97 * valid.sum()
 
 
-@pytest.mark.slow
-def test_two_steps_of_mask_rcnn():
-    config = scenes_config(
-        norm="batch",
-        network_options=TINY,
-        batch_size=2,
+def two_steps(devices=1, **overrides):
+    """Experiment, first and last state, and the losses."""
+    options = dict(
+        norm="kalman",
+        network="shallow",
+        plugins=("tests.train.engine.shallow_detector",),
+        network_options=dict(recipe_of_a_test()),
+        batch_size=4,
         train_examples=4,
         test_examples=1,
         learning_rate=0.01,
     )
-    experiment = build(config, devices=jax.devices()[:1])
-    state, losses = experiment.state, []
+    config = scenes_config(**options | overrides)
+    experiment = build(config, devices=jax.devices()[:devices])
+    first, losses = jax.device_get(experiment.state), []
+    state = experiment.state
     for step in range(2):
         state, metrics = experiment.train_step(state, experiment.batch(step))
         losses.append(jax.device_get(metrics))
+    return first, jax.device_get(state), losses
+
+
+def recipe_of_a_test():
+    """What `Recipe.small` has otherwise; `TINY` but for the network."""
+    return {name: value for name, value in TINY.items() if name != "stage_sizes"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        pytest.param(
+            dict(
+                network="mask_rcnn_small",
+                network_options=TINY,
+                norm="batch",
+                batch_size=2,
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_two_steps_of_mask_rcnn(overrides):
+    """Every parameter and running statistic moves."""
+    first, last, losses = two_steps(**overrides)
     for found in losses:
         assert found["loss"] == pytest.approx(sum(found[n] for n in LOSSES[:-1]))
         assert all(0 < found[name] < math.inf for name in LOSSES)
     assert losses[0]["mask"] == pytest.approx(math.log(2), abs=0.01)
+    before, after = ((state.params, state.batch_stats) for state in (first, last))
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
+    assert jax.tree.all(moved), moved
+
+
+@pytest.mark.slow
+def test_two_devices_and_two_parts_change_nothing():
+    """Nor does the draw of anchors and regions depend on them."""
+    one, two = (
+        two_steps(devices, accumulate=accumulate)[1:]
+        for devices, accumulate in ((1, 1), (2, 2))
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), one, two
+    )
 
 
 @pytest.fixture

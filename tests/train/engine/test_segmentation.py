@@ -12,7 +12,7 @@ from configs.experiments import scenes_segmentation
 from kalman_flax.models import Network
 from tests.train.commands.test_commands import run
 from tests.train.common import tiny_config
-from train.analysis import segments
+from train.analysis import programs, segments
 from train.analysis.inference_statistics import recompute
 from train.data.batches import Crops, Standardize
 from train.data.segment_sets import SegmentData
@@ -162,6 +162,13 @@ def test_a_run_and_its_evaluation(tiny, tmp_path):
     assert lines[0] == "class,pixels,IoU A,Dice A,IoU B,Dice B" and len(lines) == 12
     assert sum(int(line.split(",")[1]) for line in lines[1:]) == 6 * 48 * 48
     assert (tmp_path / "segments.png").stat().st_size > 10_000
+    exported = programs.export(task, state.variables)
+    program = jax.export.deserialize(exported.programs["network.stablehlo"])
+    logits = jax.jit(program.call)(task.test.images[:2])
+    predicted = task.predict(state, task.test.images[:2])
+    np.testing.assert_array_equal(np.argmax(logits, -1), predicted)
+    shape = (2, *exported.described["output"]["shape"][1:])
+    assert logits.shape == shape == (2, 48, 48, 11) and exported.plain
     with pytest.raises(ValueError, match="classification, not of Segmentation"):
         of_kind(task, Classification)
 
@@ -177,7 +184,7 @@ def test_the_commands(tmp_path):
     assert "segments_test.csv, .png" in out
     for module, flag, message in (
         ("train.evaluate", "--example_weight=0.1", "example_weight is for classif"),
-        ("train.export", "--output=nowhere", "classification, not of Segmentation"),
+        ("train.statistics", "--images=1", "classification, not of Segmentation"),
     ):
         assert message in run(module, f"--workdir={tmp_path}", flag, status=1)
 
