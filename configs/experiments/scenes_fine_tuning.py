@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     config.network_options = ConfigDict({"stage_sizes": (1, 1, 1, 1)})
     config.network_options.roi_samples = 16
     config.test_examples = 100
-    config.batch_size = 4
-    config.total_steps = 400
-    config.warmup_steps = 40
+    config.batch_size = 2
+    config.total_steps = 1_000
+    config.warmup_steps = 100
     config.eval_epochs = 10
     return config

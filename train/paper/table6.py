@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -36,7 +37,7 @@ SMALL = (
     " and none with the paper's numbers."
 )
 
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "BN*": {"norm": "frozen_batch"},
     "BN": {"norm": "batch"},
     "GN": {"norm": "group", "norm_options": {"num_groups": 32}},
@@ -67,21 +68,21 @@ _SMOKE = {
     "warmup_steps": 0,
     "eval_batch_size": 2,
     "log_steps": 1,
+    "network_options": {
+        "rpn_channels": 8,
+        "mask_channels": 8,
+        "candidates_training": 32,
+        "candidates": 32,
+        "proposals_training": 16,
+        "proposals": 16,
+        "detections": 4,
+    },
 }
 _SMOKE_PRETRAINING = {
     "train_examples": 64,
     "test_examples": 32,
     "epochs": 1,
     "warmup_epochs": 0,
-}
-_SMOKE_REGIONS = {
-    "rpn_channels": 8,
-    "mask_channels": 8,
-    "candidates_training": 32,
-    "candidates": 32,
-    "proposals_training": 16,
-    "proposals": 16,
-    "detections": 4,
 }
 
 
@@ -135,13 +136,12 @@ def scaled(full: ConfigDict, scale: str, data_dir: str | None) -> ConfigDict:
         config.norm_options = full.norm_options
     if scale == "smoke":
         config.update(_SMOKE)
-        config.network_options.update(_SMOKE_REGIONS)
     return config
 
 
 def _given(request: Request, norms: Iterable[str]) -> dict[str, str]:
     """Returns what the user has of what a run at full size needs."""
-    starts = dict(zip(("batch", "group"), request.init_from))
+    starts: dict[str, str] = dict(zip(("batch", "group"), request.init_from))
     missing = [
         f"a ResNet-50 pre-trained with {norm} norm (--init_from=BATCH,GROUP)"
         for norm in norms

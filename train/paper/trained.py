@@ -212,11 +212,11 @@ class Trained:
         results = [self._result(*cell, series.get(cell)) for cell in cells]
         results += self._differences(results)
         print(result.table(results))
-        result.write(request.workdir, name, results, scale=request.scale)
+        result.write(request.folder, name, results, scale=request.scale)
         lines = {row: each for (row, _), each in series.items()}
-        path = request.workdir / f"{name}.png"
+        path = request.folder / f"{name}.png"
         picture.plot(path, results, lines, self.curve)
-        print(f"written: {request.workdir}/{name}.csv, .json, .png")
+        print(f"written: {request.folder}/{name}.csv, .json, .png")
 
     def _paper(self, row: str, column: str) -> str:
         return self.printed.get((row.removesuffix(OURS), column.split(", ")[0]), "")

@@ -105,7 +105,7 @@ def test_what_is_left_out(asked, tmp_path):
     table6.reproduce("table6", Request("short", 2, tmp_path, norms=["group"]))
     assert [name for name, _ in asked] == [
         "pretrained-group",
-        *(f"scenes-mask_rcnn_small-group-m1-b4-e0-seed{seed}" for seed in range(2)),
+        *(f"scenes-mask_rcnn_small-group-m1-b2-e0-seed{seed}" for seed in range(2)),
     ]
     asked.clear()
     table6.reproduce("table6", Request("short", 1, tmp_path, datasets=["cifar10"]))
@@ -120,7 +120,7 @@ def test_what_was_reduced():
     assert text.startswith(
         "1,500 + 100 images of scenes in place of 118,287 + 5,000 images of coco, "
     )
-    assert "total_steps 400 in place of 280000" in text and "step_drops" not in text
+    assert "total_steps 1000 in place of 280000" in text and "step_drops" not in text
 
 
 @pytest.mark.parametrize(
