@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from tests.train.command import run as command
+from tests.train.common import tiny_config
 from tests.train.data.pictures import encoded, put
 from tests.train.engine.test_detection import coco_config, detection_config
 from train.analysis.coco_table import by_option, coco_table
@@ -18,6 +20,7 @@ from train.data.annotations import encode
 from train.data.picture_files import PictureFiles, find_images
 from train.data.pixels import MAX_PIXELS
 from train.engine import loop
+from train.engine import workdir as wd
 from train.engine.detection import scales
 from train.engine.experiment import build
 from train.engine.workdir import last_checkpoint
@@ -67,6 +70,34 @@ def test_the_detector_is_that_of_the_run(run):
     _, state = restore(config, root / "run")
     whole = last_checkpoint(root / "run", build(config).state)
     jax.tree.map(np.testing.assert_array_equal, state.variables, whole.variables)
+
+
+def test_the_commands(run, tmp_path):
+    """Neither asks for the data that the run was trained on."""
+    _, root = run
+    workdir, to = f"--workdir={root}/run", f"--output={tmp_path}/found"
+    out = command("train.detect", workdir, f"--images={root}/images", to)
+    assert "step 1: 4 objects on 2 images, " in out and "score of 0.5 or more" in out
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {
+        "a.png.png",
+        "b.jpg.png",
+        "detections.json",
+    }
+    out = command("train.export", workdir, f"--output={tmp_path}/exported")
+    summary = json.loads((root / "run/summary.json").read_text())
+    assert f"step 1, test box AP {summary['test_moving_box_AP']:.4f}\n" in out
+    assert "network_64x64.stablehlo, variables.npz, metadata.json\n" in out
+    metadata = json.loads((tmp_path / "exported/metadata.json").read_text())
+    assert metadata["test"]["images"] == 1
+    assert metadata["test"]["mask_AR100"] == summary["test_moving_mask_AR100"]
+    assert metadata["networks"] == [
+        {"file": "network_64x64.stablehlo", "canvas": [64, 64]}
+    ]
+    (tmp_path / "other").mkdir()
+    wd.claim(tmp_path / "other", tiny_config())
+    other = f"--workdir={tmp_path}/other"
+    out = command("train.detect", other, f"--images={root}/images", status=1)
+    assert out.endswith("/other is a run of task 'classification', not detection.\n")
 
 
 def test_what_cannot_be_looked_at(run, tmp_path):
