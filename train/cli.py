@@ -140,6 +140,8 @@ def _raised_in(error: Exception) -> str:
 
 def _where(error: OSError) -> str:
     """The directory of the command, for an error that has none in it."""
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return ""  # in our words, which name what is missing
     workdir = flags.FLAGS.flag_values_dict().get("workdir")
     if workdir is None or error.filename is not None or workdir in str(error):
         return ""

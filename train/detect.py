@@ -45,6 +45,7 @@ def main() -> None:
         raise ValueError(f"{workdir} is a run of task {config.task!r}, not detection.")
     paths = find_images(cli.path(_IMAGES))
     files = PictureFiles(paths, scales(config)[1], config.max_pixels)
+    _ = files.pictures  # what is no image is refused before the network is made
     task, state = restore(config, workdir)
     content = find(task, state, files)
     output.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,7 @@ def loud(align):
 
 
 #: every anchor, every proposal and every object is drawn, on canvases of any size
-ALL = dict(rpn_samples=999, rpn_positives=999, roi_samples=99, roi_positives=99)
+ALL = dict(rpn_samples=9999, rpn_positives=9999, roi_samples=99, roi_positives=99)
 
 
 @pytest.mark.parametrize(
