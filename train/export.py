@@ -39,8 +39,10 @@ from train.engine.task import Task
 
 VARIABLES, METADATA = "variables.npz", "metadata.json"
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write, new or empty.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Directory to write, new or empty.", required=True
+)
 
 
 def main() -> None:
@@ -65,8 +67,11 @@ def main() -> None:
     for name, serialized in exported.programs.items():
         (output / name).write_bytes(serialized)
     if plain:
-        first = {f"standardize/{k}": v for k, v in exported.standardize.items()}
-        np.savez(output / VARIABLES, **first, **plain.variables)
+        arrays: dict[str, Any] = {
+            f"standardize/{key}": moment for key, moment in exported.standardize.items()
+        }
+        arrays |= plain.variables
+        np.savez(output / VARIABLES, **arrays)
     wd.write_json(output / METADATA, metadata)
     headline = task.headline.removeprefix("moving_")
     shown = "test numbers unknown: the run has not ended"
@@ -116,5 +121,4 @@ def _numbers(
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    flags.mark_flags_as_required(["workdir", "output"])
     cli.run(main)

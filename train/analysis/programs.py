@@ -38,7 +38,7 @@ class Exported(NamedTuple):
         described: what goes in and comes out, for JSON.
     """
 
-    programs: dict[str, bytes]
+    programs: dict[str, bytearray]
     plain: stablehlo.Plain | None
     standardize: dict[str, np.ndarray]
     described: dict[str, Any]

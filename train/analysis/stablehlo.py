@@ -21,7 +21,7 @@ from train.engine.classification import infer
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def serialize(serve: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> bytes:
+def serialize(serve: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> bytearray:
     """Returns a function, weights and all, for `jax.export`.
 
     Args:

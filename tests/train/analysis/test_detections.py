@@ -97,7 +97,7 @@ def test_the_commands(run, tmp_path):
     wd.claim(tmp_path / "other", tiny_config())
     other = f"--workdir={tmp_path}/other"
     out = command("train.detect", other, f"--images={root}/images", status=1)
-    assert out.endswith("/other is a run of task 'classification', not detection.\n")
+    assert out.endswith("'classification', not detection.\n")
 
 
 def test_what_cannot_be_looked_at(run, tmp_path):
