@@ -89,6 +89,7 @@ def real_task(name):
     return task, filled(network)
 
 
+@pytest.mark.slow  # beside the snippet, which runs both canvases
 def test_an_exported_detector_finds_what_the_model_finds(monkeypatch):
     """The real network, which anybody's number of canvases goes through."""
     monkeypatch.setattr(programs.stablehlo, "plain_variables", lambda *_: None)
