@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from tests.train.common import tiny_config
+from tests.train.common import build, tiny_config
 from train.engine import initial, loop
 from train.engine import workdir as wd
-from train.engine.experiment import build
 from train.engine.settings import check
 
 NOWHERE = pathlib.Path("no", "such", "run")
@@ -69,7 +68,7 @@ def test_a_batch_norm_run_starts_what_infers_as_it_does(
     for path, leaf in loaded.items():
         source = flat(saved).get(path, fresh[path])
         np.testing.assert_array_equal(leaf, source, err_msg=path)
-    assert capsys.readouterr().err == f"37 arrays come from {workdir}, step 8\n"
+    assert capsys.readouterr().err == f"15 arrays come from {workdir}, step 8\n"
 
 
 def test_counts_begin_anew(pretrained):
@@ -91,7 +90,7 @@ def test_new_heads_are_left_out_and_said(pretrained, capsys):
     path = "params/stem/kernel"
     np.testing.assert_array_equal(loaded[path], flat(saved)[path])
     said = capsys.readouterr().err
-    assert "head/kernel: [16, 10] in the checkpoint, [16, 3] here: kept as init" in said
+    assert "head/kernel: [8, 10] in the checkpoint, [8, 3] here: kept as init" in said
     with pytest.raises(ValueError, match=r"head/bias: \[10\] in the checkpoint, \[3\]"):
         started(**keys, new_layers=())
 

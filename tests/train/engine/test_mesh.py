@@ -10,8 +10,7 @@ import pytest
 from benchmarks.hlo import collectives
 from kalman_flax import NORMALIZERS
 from tests.reference.slow import few_quick
-from tests.train.common import batch, tiny_config
-from train.engine.experiment import build
+from tests.train.common import batch, build, tiny_config
 from train.engine.mesh import make_mesh
 
 INDEX = np.arange(16)
