@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from tests.train.common import build, tiny_config
+from tests.train.common import REAL, build, tiny_config
 from train.engine import initial, loop
 from train.engine import workdir as wd
 from train.engine.settings import check
@@ -31,7 +31,8 @@ def pretrained(tmp_path_factory):
     made = {}
 
     def workdir(norm, **options):
-        if norm not in made:
+        name = norm if not options else f"{norm} {options}"
+        if name not in made:
             config = tiny_config(norm=norm, seed=3, **options)
             state = build(config).state
             state = jax.tree.map(
@@ -39,11 +40,11 @@ def pretrained(tmp_path_factory):
                 state,
             )
             state = state.replace(step=state.step + 8)
-            made[norm] = tmp_path_factory.mktemp(norm), state
-            wd.claim(made[norm][0], config)
-            with wd.open_checkpoints(made[norm][0]) as checkpoints:
+            made[name] = tmp_path_factory.mktemp(norm), state
+            wd.claim(made[name][0], config)
+            with wd.open_checkpoints(made[name][0]) as checkpoints:
                 wd.save(checkpoints, 8, state)
-        return made[norm]
+        return made[name]
 
     return workdir
 
@@ -68,7 +69,7 @@ def test_a_batch_norm_run_starts_what_infers_as_it_does(
     for path, leaf in loaded.items():
         source = flat(saved).get(path, fresh[path])
         np.testing.assert_array_equal(leaf, source, err_msg=path)
-    assert capsys.readouterr().err == f"15 arrays come from {workdir}, step 8\n"
+    assert capsys.readouterr().err == f"17 arrays come from {workdir}, step 8\n"
 
 
 def test_counts_begin_anew(pretrained):
@@ -81,8 +82,8 @@ def test_counts_begin_anew(pretrained):
 
 
 def test_new_heads_are_left_out_and_said(pretrained, capsys):
-    workdir, saved = pretrained("batch")
-    keys = {"norm": "batch", "init_from": str(workdir), "classes": (5, 6, 7)}
+    workdir, saved = pretrained("batch", **REAL)
+    keys = {"norm": "batch", "init_from": str(workdir), "classes": (5, 6, 7)} | REAL
     fresh, loaded = started(**keys)
     for name in ("kernel", "bias"):
         path = f"params/head/{name}"
@@ -90,7 +91,7 @@ def test_new_heads_are_left_out_and_said(pretrained, capsys):
     path = "params/stem/kernel"
     np.testing.assert_array_equal(loaded[path], flat(saved)[path])
     said = capsys.readouterr().err
-    assert "head/kernel: [8, 10] in the checkpoint, [8, 3] here: kept as init" in said
+    assert "head/kernel: [16, 10] in the checkpoint, [16, 3] here: kept as init" in said
     with pytest.raises(ValueError, match=r"head/bias: \[10\] in the checkpoint, \[3\]"):
         started(**keys, new_layers=())
 
