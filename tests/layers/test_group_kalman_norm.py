@@ -12,7 +12,13 @@ from kalman_flax import KalmanState, Signal
 from kalman_flax._filter.predict import predict_group
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
 from tests.reference import kalman as reference
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
 
 KEY = jax.random.key(0)
 GROUPS, CHANNELS, EPSILON = 2, 6, 0.1
@@ -194,7 +200,7 @@ def test_contract_of_signals(known):
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+@each_degenerate
 def test_degenerate_inputs(case):
     value = DEGENERATE[case]
     norm = GroupKalmanNorm(2, dtype=value.dtype)

@@ -4,6 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from tests.reference.slow import few_quick
 
 KEY = jax.random.key(0)
 
@@ -26,6 +29,10 @@ def _degenerate(size=(2, 3, 3, 4)):
 
 
 DEGENERATE = _degenerate()
+#: Of them three are quick: no variance, one value of each channel, half precision.
+each_degenerate = pytest.mark.parametrize(
+    "case", few_quick(DEGENERATE, ("zeros", "one value", "large half"))
+)
 
 
 def assert_finite(norm, x, **kwargs):
