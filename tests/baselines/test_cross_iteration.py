@@ -334,7 +334,7 @@ def test_network_of_replicas_trains():
     net = network(blocks_per_stage=1, dtype=jnp.bfloat16)
     images = jax.random.normal(KEY, (2, 2, 8, 8, 3))
     labels = jax.nn.one_hot(jnp.array([[0, 1], [2, 0]]), 3)
-    variables = net.init(KEY, images[0], True)
+    variables = jax.jit(lambda: net.init(KEY, images[0], True))()
 
     @jax.jit
     def step(variables):
@@ -360,7 +360,8 @@ def test_network_of_replicas_trains():
         chex.assert_tree_all_finite((value, variables))
         chex.assert_trees_all_equal_shapes_and_dtypes(before, variables)
     assert losses[-1] < losses[0]
-    chex.assert_tree_all_finite(net.apply(variables, images[0], True))
+    infer = jax.jit(lambda variables: net.apply(variables, images[0], True))
+    chex.assert_tree_all_finite(infer(variables))
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -306,7 +306,7 @@ def test_layers_move_the_state_of_each_example(layer):
 
 @pytest.fixture(scope="module")
 def variables():
-    return network().init(KEY, IMAGES, True)
+    return jax.jit(lambda: network().init(KEY, IMAGES, True))()
 
 
 @pytest.mark.slow
@@ -352,6 +352,6 @@ def test_resnet_under_vmap_of_replicas(variables):
 
 def test_resnet_scanned_over_its_blocks():
     net = network(scan=True, blocks_per_stage=2)
-    logits, _ = net.init_with_output(KEY, IMAGES, True)
+    logits, _ = jax.jit(lambda: net.init_with_output(KEY, IMAGES, True))()
     chex.assert_shape(logits, (2, 3))
     chex.assert_tree_all_finite(logits)
