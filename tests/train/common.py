@@ -11,6 +11,8 @@ from train.engine import experiment
 from train.engine.mesh import same, take
 
 INDEX = np.arange(8)
+#: what makes it one of three convolutions, see `tests/train/tiny.py`
+TINY = {"plugins": ("tests.train.tiny",), "task": "tiny"}
 #: the same with the networks that users have, of which `cifar_resnet` is ResNet-8
 REAL = {"plugins": (), "task": "classification"}
 
@@ -23,8 +25,7 @@ def batch(experiment, index=INDEX):
 def tiny_config(**overrides):
     config = base.get_config()
     config.update(
-        plugins=("tests.train.tiny",),
-        task="tiny",
+        **TINY,
         train_examples=64,
         width=4,
         batch_size=8,
