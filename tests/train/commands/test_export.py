@@ -39,7 +39,8 @@ def exported(tmp_path_factory):
     state = wd.last_checkpoint(root / "run", experiment.state)
     # Standardised by hand: by the mean and deviation of the training images.
     images = (TEST - DIGITS[:64].mean()) / DIGITS[:64].std()
-    logits = infer(experiment.task.network, jax.device_get(state.variables), images)
+    network, variables = experiment.task.network, jax.device_get(state.variables)
+    logits = jax.jit(lambda images: infer(network, variables, images))(images)
     return root / "exported", images, np.asarray(logits)
 
 
