@@ -14,10 +14,10 @@ train: .venv/installed
 
 # A quicker test of each kind; test-all runs the slow ones as well.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m ''
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: .venv/installed
 	$(BIN)/ruff check .

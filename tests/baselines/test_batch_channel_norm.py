@@ -11,7 +11,13 @@ from jax.sharding import AxisType, PartitionSpec
 
 from kalman_flax import KalmanState, Signal, merge_running
 from kalman_flax.baselines.batch_channel_norm import BatchChannelNorm
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
 
 KEY = jax.random.key(0)
 EPSILON, MOMENTUM = 1e-3, 0.75
@@ -141,7 +147,7 @@ def test_devices_share_the_statistics(apart):
     chex.assert_trees_all_close(jax.jit(shared)(apart), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+@each_degenerate
 def test_degenerate_inputs(case):
     value = DEGENERATE[case]
     norm = make(use_running_average=False, dtype=value.dtype)

@@ -16,6 +16,7 @@ from kalman_flax.baselines.cross_iteration import (
     CrossIterationBatchNorm,
     CrossIterationConv,
 )
+from tests.reference.slow import few_quick
 
 KEY = jax.random.key(0)
 EPSILON, MOMENTUM = 1e-5, 0.9
@@ -276,15 +277,19 @@ def test_elsewhere_it_is_batch_norm(between):
     chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("x", [
-    jnp.ones((2, 4, 4, 3)),
-    jnp.zeros((1, 1, 1, 3)),
-    jax.random.normal(KEY, (1, 1, 1, 3)),
-    1e4 + jax.random.normal(KEY, (2, 4, 4, 3)),
-    1e-6 * jax.random.normal(KEY, (2, 4, 4, 3)),
-    jax.random.normal(KEY, (2, 4, 4, 3)).astype(jnp.bfloat16),
-], ids=["constant", "zero", "single", "large", "small", "half"])  # fmt: skip
-def test_numerically_safe(x):
+DEGENERATE = {
+    "constant": jnp.ones((2, 4, 4, 3)),
+    "zero": jnp.zeros((1, 1, 1, 3)),
+    "single": jax.random.normal(KEY, (1, 1, 1, 3)),
+    "large": 1e4 + jax.random.normal(KEY, (2, 4, 4, 3)),
+    "small": 1e-6 * jax.random.normal(KEY, (2, 4, 4, 3)),
+    "half": jax.random.normal(KEY, (2, 4, 4, 3)).astype(jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", few_quick(DEGENERATE, ["constant", "zero", "half"]))
+def test_numerically_safe(case):
+    x = DEGENERATE[case]
     net = pair({"dtype": x.dtype}, dtype=x.dtype)
     variables = net.init(KEY, x)
 
@@ -329,7 +334,7 @@ def test_network_of_replicas_trains():
     net = network(blocks_per_stage=1, dtype=jnp.bfloat16)
     images = jax.random.normal(KEY, (2, 2, 8, 8, 3))
     labels = jax.nn.one_hot(jnp.array([[0, 1], [2, 0]]), 3)
-    variables = net.init(KEY, images[0], True)
+    variables = jax.jit(lambda: net.init(KEY, images[0], True))()
 
     @jax.jit
     def step(variables):
@@ -355,7 +360,8 @@ def test_network_of_replicas_trains():
         chex.assert_tree_all_finite((value, variables))
         chex.assert_trees_all_equal_shapes_and_dtypes(before, variables)
     assert losses[-1] < losses[0]
-    chex.assert_tree_all_finite(net.apply(variables, images[0], True))
+    infer = jax.jit(lambda variables: net.apply(variables, images[0], True))
+    chex.assert_tree_all_finite(infer(variables))
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -10,7 +10,14 @@ from jax.sharding import AxisType, PartitionSpec
 from kalman_flax import KalmanState, Signal
 from kalman_flax.baselines.evonorm import EvoNormB0, EvoNormS0
 from kalman_flax.inference.running import merge_running
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
+from tests.reference.slow import few_quick
 
 KEY = jax.random.key(0)
 TRAIN, INFER = {"use_running_average": False}, {"use_running_average": True}
@@ -167,8 +174,8 @@ def test_devices_share_the_variance_of_the_batch(x):
     chex.assert_trees_all_close(jax.jit(shared)(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
-@pytest.mark.parametrize("name", ["B0", "B0 inference", "S0"])
+@each_degenerate
+@pytest.mark.parametrize("name", few_quick(["B0", "B0 inference", "S0"], ["B0", "S0"]))
 def test_degenerate_inputs(name, case):
     norm, _, equations, options = CASES[name]
     value = DEGENERATE[case]

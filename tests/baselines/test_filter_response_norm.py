@@ -8,7 +8,13 @@ import pytest
 
 from kalman_flax import KalmanState, Signal
 from kalman_flax.baselines.filter_response_norm import FilterResponseNorm
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -73,7 +79,7 @@ def test_initial_values_are_those_of_the_paper(x):
     chex.assert_trees_all_close(params, expected)
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+@each_degenerate
 def test_degenerate_inputs(case):
     value = DEGENERATE[case]
     norm = FilterResponseNorm(dtype=value.dtype)

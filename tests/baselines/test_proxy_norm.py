@@ -10,7 +10,13 @@ import pytest
 import kalman_flax as kf
 from kalman_flax import KalmanState, Signal
 from kalman_flax.baselines.proxy_norm import ProxyNorm
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -122,7 +128,7 @@ def test_initial_values_are_those_of_the_official_code(x):
     }
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+@each_degenerate
 def test_degenerate_inputs(case):
     value = DEGENERATE[case]
     y = assert_finite(ProxyNorm(num_groups=2, dtype=value.dtype), value)

@@ -12,7 +12,13 @@ from kalman_flax import KalmanState, Signal
 from kalman_flax._filter.predict import predict_group
 from kalman_flax.layers.group_kalman_norm import GroupKalmanNorm
 from tests.reference import kalman as reference
-from tests.reference.checks import DEGENERATE, TwoSteps, assert_finite, directional
+from tests.reference.checks import (
+    DEGENERATE,
+    TwoSteps,
+    assert_finite,
+    directional,
+    each_degenerate,
+)
 
 KEY = jax.random.key(0)
 GROUPS, CHANNELS, EPSILON = 2, 6, 0.1
@@ -194,7 +200,7 @@ def test_contract_of_signals(known):
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+@each_degenerate
 def test_degenerate_inputs(case):
     value = DEGENERATE[case]
     norm = GroupKalmanNorm(2, dtype=value.dtype)
@@ -300,7 +306,7 @@ def test_layers_move_the_state_of_each_example(layer):
 
 @pytest.fixture(scope="module")
 def variables():
-    return network().init(KEY, IMAGES, True)
+    return jax.jit(lambda: network().init(KEY, IMAGES, True))()
 
 
 @pytest.mark.slow
@@ -346,6 +352,6 @@ def test_resnet_under_vmap_of_replicas(variables):
 
 def test_resnet_scanned_over_its_blocks():
     net = network(scan=True, blocks_per_stage=2)
-    logits, _ = net.init_with_output(KEY, IMAGES, True)
+    logits, _ = jax.jit(lambda: net.init_with_output(KEY, IMAGES, True))()
     chex.assert_shape(logits, (2, 3))
     chex.assert_tree_all_finite(logits)

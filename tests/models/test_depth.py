@@ -5,6 +5,7 @@ those that are alike once.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,25 @@ from tests.reference.slow import few_quick
 
 IMAGES, MICRO_BATCH, SIZE, WIDTH = 32, 4, 32, 4
 UPDATES, RATE = 30, 0.05
+SEEDS = itertools.count()
+
+
+def he_normal(key, shape, dtype):
+    """That of `kalman_flax.models.network`, drawn without a program for each shape."""
+    fan_out = np.prod(shape[:-2]) * shape[-1]
+    random = np.random.default_rng(next(SEEDS))
+    return jnp.asarray(random.normal(0.0, np.sqrt(2 / fan_out), shape), dtype)
 
 
 class Blockwise:
     """Mixin of a network whose blocks are compiled by themselves."""
 
     compiled = {}  # noqa: RUF012
+
+    def _layers(self, use_running_average):
+        layers = super()._layers(use_running_average)
+        conv = functools.partial(layers.conv, kernel_init=he_normal)
+        return layers._replace(conv=conv)
 
     def _block(self, block):
         if self.is_initializing():

@@ -200,7 +200,7 @@ def inception(name="kalman", **options):
 
 def test_zero_init_last_scale_starts_a_block_as_its_shortcut():
     block = bottleneck(zero_init_last_scale=True)
-    variables = block.init(KEY, X)
+    variables = jax.jit(block.init)(KEY, X)
     for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items():
         if path.endswith("/scale"):
             assert jnp.all(leaf == (0 if path == "conv3_norm/scale" else 1)), path
@@ -276,7 +276,7 @@ def test_gain_1_is_batch_norm():
     ):
         variables = drawn(batch, *args)
         ours, expected, other = (
-            n.apply(variables, *args, mutable=["batch_stats"])
+            jax.jit(lambda v: n.apply(v, *args, mutable=["batch_stats"]))(variables)  # noqa: B023
             for n in (gain_1, batch, kalman)
         )
         values, stats = (jax.tree.leaves(ours[k]) for k in (0, 1))
@@ -322,7 +322,7 @@ def test_group_kalman_norm_keeps_examples_apart():
     value = X.value.at[1].multiply(3.0)
     other = kf.Signal(value, kf.filter.observe(value, "instance"))
     variables = drawn(module, x)
-    before, after = (module.apply(variables, y) for y in (x, other))
+    before, after = (jax.jit(module.apply)(variables, y) for y in (x, other))
     assert before.state.mean.shape == (2, before.value.shape[-1])
     first = [jax.tree.map(lambda leaf: leaf[0], y) for y in (before, after)]
     chex.assert_trees_all_close(*first, rtol=1e-5, atol=1e-6)
@@ -337,8 +337,8 @@ def test_export_serves_without_the_filter():
     expected = jax.eval_shape(lambda: plain.init(KEY, IMAGES, True))
     chex.assert_trees_all_equal_shapes(exported, expected)
     np.testing.assert_allclose(
-        plain.apply(exported, IMAGES, True),
-        net.apply(variables, IMAGES, True),
+        jax.jit(lambda: plain.apply(exported, IMAGES, True))(),
+        jax.jit(lambda: net.apply(variables, IMAGES, True))(),
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
 

@@ -8,11 +8,10 @@ import pytest
 
 from tests.reference.slow import few_quick
 from tests.train.command import run
-from tests.train.common import batch, tiny_config
+from tests.train.common import batch, build, tiny_config
 from train.analysis import inference_statistics as inference
 from train.data.batches import epoch_order
 from train.engine.classification import Classification
-from train.engine.experiment import build
 from train.engine.loop import train
 from train.engine.step import TrainState
 

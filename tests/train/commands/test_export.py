@@ -17,11 +17,10 @@ import kalman_flax as kf
 from tests.inference.test_checkpoint import IMAGES, variables_of
 from tests.reference.plain_resnet import PlainResNet
 from tests.train.command import run
-from tests.train.common import tiny_config
+from tests.train.common import REAL, build, tiny_config
 from train.analysis import stablehlo as artifact
 from train.engine import workdir as wd
 from train.engine.classification import infer
-from train.engine.experiment import build
 from train.engine.loop import train
 
 DIGITS = load_digits().images[..., None]
@@ -32,7 +31,7 @@ TEST = DIGITS[1500:1505].astype(np.uint8)
 def exported(tmp_path_factory):
     """A run with centred kernels, its own logits of five images, and its export."""
     root = tmp_path_factory.mktemp("export")
-    config = tiny_config(norm="kalman_wc", epochs=1)
+    config = tiny_config(**REAL, norm="kalman_wc", epochs=1)
     train(config, root / "run")
     out = run("train.export", f"--workdir={root}/run", f"--output={root}/exported")
     assert "written: " in out
@@ -40,7 +39,8 @@ def exported(tmp_path_factory):
     state = wd.last_checkpoint(root / "run", experiment.state)
     # Standardised by hand: by the mean and deviation of the training images.
     images = (TEST - DIGITS[:64].mean()) / DIGITS[:64].std()
-    logits = infer(experiment.task.network, jax.device_get(state.variables), images)
+    network, variables = experiment.task.network, jax.device_get(state.variables)
+    logits = jax.jit(lambda images: infer(network, variables, images))(images)
     return root / "exported", images, np.asarray(logits)
 
 

@@ -10,7 +10,7 @@ import pytest
 from kalman_flax.baselines import FrozenBatchNorm
 from kalman_flax.models.detection.mask_rcnn import MaskRCNN
 from kalman_flax.models.detection.recipe import Recipe
-from tests.train.common import tiny_config
+from tests.train.common import build, tiny_config
 from tests.train.data.coco_files import make_coco
 from tests.train.engine.fake_detector import SLOTS
 from train.data.batches import Standardize
@@ -18,8 +18,9 @@ from train.data.objects import Canvases
 from train.engine import detector, loop, metrics, optimizer, settings, trained_on
 from train.engine import workdir as wd
 from train.engine.detection import LOSSES, Detection, mirror
-from train.engine.experiment import build
 from train.engine.mesh import make_mesh
+
+pytestmark = pytest.mark.usefixtures("built_once")
 
 
 def detection_config(**overrides):

@@ -10,10 +10,9 @@ import pytest
 from kalman_flax.models.detection.boxes import make_anchors
 from kalman_flax.models.detection.matching import label_anchors
 from kalman_flax.models.detection.recipe import Recipe
-from tests.train.common import tiny_config
+from tests.train.common import build, tiny_config
 from train.data.scene_objects import load_scenes
 from train.engine.detection import LOSSES
-from train.engine.experiment import build
 
 #: of the recipe and the network, for a program that compiles in seconds
 TINY = dict(

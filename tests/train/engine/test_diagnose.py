@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from kalman_flax import relu
-from tests.train.common import batch, tiny_config
+from tests.train.common import batch, build, tiny_config
 from train.engine import loop
 from train.engine.diagnose import find_bad_number
-from train.engine.experiment import build
 
 CONFIG = tiny_config(norm="kalman", debug_nans=True, remat=True)
 
@@ -32,9 +31,9 @@ def find(experiment, state):
 def test_forward(experiment):
     """Of all that a NaN spreads to; methods other than calls are named."""
     params = jax.tree.map(lambda x: x, experiment.state.params)
-    params["stage2_block1"]["norm2"]["scale"] *= jnp.nan
+    params["stage1_block1"]["norm2"]["scale"] *= jnp.nan
     found = find(experiment, experiment.state.replace(params=params))
-    layer = "stage2_block1/norm2.normalize"
+    layer = "stage1_block1/norm2.normalize"
     assert found == f"{layer} is the first layer whose output is not finite"
 
 

@@ -11,7 +11,9 @@ import jax
 import pytest
 
 from configs.experiments import digits
+from tests.reference.slow import few_quick
 from tests.train.command import Command
+from tests.train.common import TINY
 from train.engine import metrics
 from train.engine import workdir as wd
 from train.engine.experiment import build
@@ -31,6 +33,8 @@ KEYS = dict(
 def start(workdir, *flags, devices=1):
     """Starts the command on a workdir, with so many devices, and flags."""
     keys = [f"--config.{key}={value}" for key, value in KEYS.items()]
+    keys.append(f"--config.plugins={','.join(TINY['plugins'])}")
+    keys.append(f"--config.task={TINY['task']}")
     config = "--config=configs/experiments/digits.py"
     return Command(
         "train", config, f"--workdir={workdir}", *keys, *flags, devices=devices
@@ -48,7 +52,7 @@ def wait_for_progress(command, workdir, step=1):
 
 def config():
     config = digits.get_config()
-    config.update(KEYS)
+    config.update(KEYS, **TINY)
     return config
 
 
@@ -71,12 +75,13 @@ def straight(tmp_path_factory):
     return final_state(workdir)
 
 
-def test_killed_at_random_moments(straight, tmp_path):
+@pytest.mark.parametrize("kills", few_quick([2, 5], [2]))
+def test_killed_at_random_moments(straight, tmp_path, kills):
     """In updates and in checkpoints, which take most of this run's time: to the bit."""
     moments = random.Random(0)
-    for kill in range(5):
+    for kill in range(kills):
         command = start(tmp_path)
-        wait_for_progress(command, tmp_path, step=1 + 4 * kill)
+        wait_for_progress(command, tmp_path, step=1 + 20 // kills * kill)
         time.sleep(moments.uniform(0.0, 0.3))
         command.process.kill()
         command.finish(status=-signal.SIGKILL)

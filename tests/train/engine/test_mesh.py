@@ -10,8 +10,9 @@ import pytest
 from benchmarks.hlo import collectives
 from kalman_flax import NORMALIZERS
 from tests.reference.slow import few_quick
-from tests.train.common import batch, tiny_config
-from train.engine.experiment import build
+from tests.train import common
+from tests.train.common import batch, build, tiny_config
+from train.engine.experiment import build as build_anew
 from train.engine.mesh import make_mesh
 
 INDEX = np.arange(16)
@@ -24,7 +25,7 @@ config_of = functools.partial(
 def trained(devices, options=(), **overrides):
     """What two updates on so many devices leave, on the host."""
     config = config_of(**overrides, norm_options=dict(options))
-    experiment = build(config, devices=jax.devices()[:devices])
+    experiment = common.build(config, devices=jax.devices()[:devices])
     assert experiment.mesh.size == devices
     state, metrics = experiment.state, []
     for _ in range(2):
@@ -38,10 +39,13 @@ def assert_same_training(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=2e-3, atol=2e-5)
 
 
+CALIBRATED = (("calibrate", "both"), ("decay_steps", 3))
+
+
 # Histories of the forward pass, corrections, and a count of steps; histories of the
 # backward pass; random numbers of each replica.
 @pytest.mark.parametrize("norm, options", [
-    ("kalman_wc", (("calibrate", "both"), ("decay_steps", 3))),
+    ("kalman_wc", CALIBRATED),
     ("moving_average", ()),
     pytest.param("kalman_mc", (), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -67,9 +71,11 @@ def test_every_normalizer_trains_under_shard_map(norm):
 
 def test_parts_in_a_loop(monkeypatch):
     """What accelerators run."""
-    expected = trained(1, norm="kalman_wc")
+    keys = {"norm": "kalman_wc", "options": CALIBRATED}
+    expected = trained(1, **keys)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    actual = trained.__wrapped__(1, norm="kalman_wc", accumulate=4)
+    monkeypatch.setattr(common, "build", build_anew)
+    actual = trained.__wrapped__(1, **keys, accumulate=4)
     assert_same_training(actual, expected)
 
 

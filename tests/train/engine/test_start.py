@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.common import tiny_config
+from tests.train.common import build, tiny_config
 from tests.train.engine.toy import Pixels
 from train.engine import loop
 from train.engine import workdir as wd
-from train.engine.experiment import build
 from train.engine.start import started
 
 TOY = dict(plugins=("tests.train.engine.toy",), task="mean_pixel")

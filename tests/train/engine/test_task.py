@@ -4,11 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.common import tiny_config
+from tests.train.common import REAL, build, tiny_config
 from train.engine import loop, metrics, plugins
 from train.engine import workdir as wd
 from train.engine.classification import Classification
-from train.engine.experiment import build
 from train.engine.task import of_kind
 
 TOY = dict(plugins=("tests.train.engine.toy",), task="mean_pixel", crop_padding=3)
@@ -54,9 +53,15 @@ def test_devices_and_parts_change_nothing():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (dict(task="mean_pixel"), r"'mean_pixel'; expected one of \['classification"),
+        (
+            REAL | dict(task="mean_pixel"),
+            r"'mean_pixel'; expected one of \['classification",
+        ),
         (TOY | dict(width=8), "width is for images"),
-        (dict(plugins=("nowhere",)), "plugins names 'nowhere', which cannot be imp"),
+        (
+            REAL | dict(plugins=("nowhere",)),
+            "plugins names 'nowhere', which cannot be imp",
+        ),
         (TOY | dict(plugins=TOY["plugins"] * 2), "has .'mean_pixel'., which there are"),
         (dict(norm="control_moving"), "unknown normaliser 'control_moving'; known are"),
     ],
@@ -68,7 +73,8 @@ def test_what_is_not_there(overrides, message):
 
 
 def test_a_study_brings_its_normalisers():
-    config = tiny_config(plugins=("train.studies.controls",), norm="control_shuffled")
+    controls = {"plugins": ("train.studies.controls",), "norm": "control_shuffled"}
+    config = tiny_config(**REAL | controls)
     network = build(config).task.network
     assert network.norm.func.__name__ == "ShuffledKalmanNorm"
     assert plugins.known(tiny_config(), "NORMALIZERS", {"batch": 1}) == {"batch": 1}
