@@ -45,7 +45,7 @@ from train.engine.segmentation import Segmentation
 from train.engine.step import TrainState
 from train.engine.task import of_kind
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
@@ -179,5 +179,4 @@ def _confuse(
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -50,7 +50,7 @@ def render(table: dict[str, Any], measured: pd.DataFrame) -> str:
 
 def _cell(measured: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) -> str:
     which = which | column.get("which", {})
-    name, shown = column.get("column"), column["show"]
+    name, shown = column.get("column", ""), column["show"]
     form = f"{{:,.{column.get('digits', 2)}f}}"
 
     def number(row: pd.Series) -> float:
