@@ -111,17 +111,9 @@ class Classification:
         return self.dataset.validation
 
     @property
-    def splits(self) -> dict[str, Images]:
-        """What there is to evaluate on, by name; the test images under the data set's
-        own name for them as well."""
-        splits: dict[str, Images] = {
-            "train": self.train,
-            "test": self.test,
-            self.dataset.test_name: self.test,
-        }
-        if self.validation is not None:
-            splits["validation"] = self.validation
-        return splits
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.dataset.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False

@@ -134,13 +134,9 @@ class Detection:
         return self.data.test
 
     @property
-    def splits(self) -> dict[str, ObjectSource]:
-        """What there is to evaluate on, by name; see `Classification.splits`."""
-        return {
-            "train": self.train,
-            "test": self.test,
-            self.data.test_name: self.test,
-        }
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.data.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False

@@ -99,13 +99,9 @@ class Segmentation:
         return self.data.test
 
     @property
-    def splits(self) -> dict[str, Source]:
-        """What there is to evaluate on, by name; see `Classification.splits`."""
-        return {
-            "train": self.train,
-            "test": self.test,
-            self.data.test_name: self.test,
-        }
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.data.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False

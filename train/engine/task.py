@@ -70,6 +70,11 @@ class Task(Protocol):
         """What to score at the end, too, to choose settings by; or None."""
         ...
 
+    @property
+    def test_name(self) -> str:
+        """What the data itself calls what `test` is, say ``"val"``."""
+        ...
+
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuses, with a ValueError, a `config` that cannot be; reads no data."""
@@ -144,6 +149,15 @@ class Task(Protocol):
         """Returns what a `train.engine.step.TrainState` comes to on `source`, a
         `Source` of the kind that `train` and `test` are."""
         ...
+
+
+def splits(task: Task) -> dict[str, Any]:
+    """Returns what there is to evaluate on, by name; the test examples under the data's
+    own name for them as well."""
+    found = {"train": task.train, "test": task.test, task.test_name: task.test}
+    if task.validation is not None:
+        found["validation"] = task.validation
+    return found
 
 
 def of_kind(task: Any, kind: type[Kind]) -> Kind:
