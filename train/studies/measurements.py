@@ -16,8 +16,8 @@ What was measured more than once has several studies in its row: ``studies = {qu
 ..., busy = ...}``. The column says which it takes, ``study = ["busy", "quiet"]``: the
 first of these that the row has. Where it has none, the cell is a dash.
 
-Numbers have `digits` after the point, or as many as make `significant` digits in all, at
-least.
+Numbers have `digits` after the point, or as many as make `significant` digits in all,
+at least.
 """
 
 from __future__ import annotations
