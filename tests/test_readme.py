@@ -69,6 +69,14 @@ def test_the_api_pages_have_every_public_name():
     assert public == documented
 
 
+def test_public_names_have_docstrings_of_their_own():
+    """`help` of a `functools.partial` would be that of partials."""
+    for name, value in vars(kf).items():
+        if callable(value) and not name.startswith("_") and name != "Any":
+            assert inspect.isclass(value) or inspect.isroutine(value), name
+            assert value.__doc__, name
+
+
 NORMALIZERS = {
     name: value
     for room in (kf, kf.baselines)

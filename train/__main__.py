@@ -14,7 +14,7 @@ from train.engine.loop import train
 from train.studies.report import describe
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run.", required=True)
 
 
 def main() -> None:
@@ -28,5 +28,5 @@ def main() -> None:
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
     flags.adopt_module_key_flags(processes)
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     cli.run(main)

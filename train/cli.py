@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import jax
 from absl import app, flags, logging
@@ -156,7 +156,7 @@ def keep_compiled() -> None:
     if given == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if given is None and jax.config.jax_compilation_cache_dir:
+    if given is None and jax.config.values["jax_compilation_cache_dir"]:
         return  # as the environment says
     folder = pathlib.Path(given or "~/.cache/kalman_flax").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -185,7 +185,11 @@ def config_keys() -> list[str]:
     return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def path(flag: flags.FlagHolder[str]) -> pathlib.Path | None:
+@overload
+def path(flag: flags.FlagHolder[str]) -> pathlib.Path: ...
+@overload
+def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None: ...
+def path(flag: flags.FlagHolder[Any]) -> pathlib.Path | None:
     """Returns the directory that a flag names, the ``~`` of a home written out; None if
     it is not given.
 

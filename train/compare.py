@@ -46,7 +46,7 @@ _MICRO_BATCH_SIZES = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_integer(
     "seeds", 1, "Runs of each, with seeds from the config's upwards.", lower_bound=1
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.", required=True)
 
 
 def parse_norm(text: str) -> Entry:
@@ -141,5 +141,5 @@ def _run_dir(config: ConfigDict, variant: str) -> str:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -15,16 +15,18 @@ statistics (option A).
 from absl import flags
 
 from train import cli
-from train.analysis.detections import draw_all, find, restore
+from train.analysis.detections import draw_all, find, kind_of, restore
 from train.data.picture_files import PictureFiles, find_images
 from train.engine import workdir as wd
-from train.engine.detection import Detection, scales
-from train.engine.settings import check, task_of
+from train.engine.detection import scales
+from train.engine.settings import check
 
 DETECTIONS = "detections.json"
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_IMAGES = flags.DEFINE_string("images", None, "A folder of images, or one image.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_IMAGES = flags.DEFINE_string(
+    "images", None, "A folder of images, or one image.", required=True
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
 _LEAST_SCORE = flags.DEFINE_float(
     "least_score",
@@ -41,8 +43,7 @@ def main() -> None:
     output = cli.path(_OUTPUT) or workdir / "detections"
     config = wd.read_config(workdir)
     check(config)
-    if not issubclass(task_of(config), Detection):
-        raise ValueError(f"{workdir} is a run of task {config.task!r}, not detection.")
+    kind_of(config)
     paths = find_images(cli.path(_IMAGES))
     files = PictureFiles(paths, scales(config)[1], config.max_pixels)
     _ = files.pictures  # what is no image is refused before the network is made
@@ -60,5 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    flags.mark_flags_as_required(["workdir", "images"])
     cli.run(main)

@@ -62,7 +62,7 @@ _INIT_FROM = flags.DEFINE_list(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs and tables.")
 
 
-def main(name: str | None = None) -> None:
+def main(name: str = "") -> None:
     """Lists the tables and figures, or reproduces the one of that name, or all."""
     if _LIST.value:
         for known, reproduction in REPRODUCTIONS.items():
@@ -75,6 +75,7 @@ def main(name: str | None = None) -> None:
         check_choice("networks", network, (*NETWORKS, *DETECTORS))
     for norm in _NORMS.value or ():
         normalization(norm)  # says which there are
+    sizes = _MICRO_BATCH_SIZES.value
     request = Request(
         _SCALE.value,
         _SEEDS.value,
@@ -83,8 +84,7 @@ def main(name: str | None = None) -> None:
         _DATASETS.value,
         _NETWORKS.value,
         _NORMS.value,
-        _MICRO_BATCH_SIZES.value
-        and [cli.micro_batch_size(size) for size in _MICRO_BATCH_SIZES.value],
+        None if sizes is None else [cli.micro_batch_size(size) for size in sizes],
         _INIT_FROM.value,
     )
     if name == ALL:

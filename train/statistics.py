@@ -29,7 +29,7 @@ from train.analysis import moments as estimates
 from train.analysis import moments_figure as estimates_figure
 from train.engine import workdir as wd
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _MICRO_BATCH_SIZES = flags.DEFINE_list(
     "micro_batch_sizes", ["1", "2", "4", "8", "16", "32"], "Micro-batch sizes."
 )
@@ -82,5 +82,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    flags.mark_flag_as_required("workdir")
     cli.run(main)

@@ -42,7 +42,6 @@ A guard resets a layer after the harm is done: the next ones start from there ag
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import jax
@@ -56,24 +55,135 @@ from kalman_flax.layers.kalman_norm import KalmanNorm, LearnGain, Noise, Propaga
 
 _LIMIT = 100.0
 
-#: The authors' released code: raw state, q = 0.1 and R = 0, with its guard.
-ReleasedKalmanNorm = functools.partial(
-    KalmanNorm, gain=0.1, propagate="raw", outlier_ratio=_LIMIT
-)
 
-#: Eq. 7 with all it learns, a scalar q from 0.1 and a diagonal R, on the state of what
-#: the kernel reads: the paper's KN, as it trains.
-PaperKalmanNorm = functools.partial(
-    KalmanNorm, gain=0.1, learn_gain="scalar", noise="additive", rule="paper"
-)
+class ReleasedKalmanNorm(KalmanNorm):
+    r"""`KalmanNorm` as the authors' released code has it, with its guard.
 
-#: The same for the groups of Eq. 8.
-PaperGroupKalmanNorm = functools.partial(
-    GroupKalmanNorm, gain=0.1, learn_gain="scalar", noise="additive", rule="paper"
-)
+    $$
+    \hat{\mu} = p \, \mu_{\mathrm{pred}} + q \, \bar{x}, \qquad
+    \hat{\Sigma} = p \, \Sigma_{\mathrm{pred}} + q \, S
+    + p \, q \, (\bar{x} - \mu_{\mathrm{pred}})^2
+    $$
+
+    The symbols are those of `KalmanNorm`; $q$ is 0.1.
+
+    Source:
+        The code that Wang et al. released beside "Kalman Normalization: Normalizing
+        Internal Representations Across Network Layers" (NeurIPS 2018).
+        `kalman_flax.layers.presets` has it beside the paper's text.
+
+    Cost:
+        - Parameters: 2 C as batch norm.
+        - Statistics: 2 C running ones, as batch norm.
+        - Passes: those of batch norm, and arithmetic on ``[C]`` vectors.
+        - Inference: that of batch norm.
+
+    When to use:
+        To compare with the released experiments.
+
+    Variables:
+        Those of `KalmanNorm`.
+
+    State:
+        Hands on the filtered moments of its input. Where the predicted variances are
+        100 times the observed ones or more, as the mean over the layer, it drops the
+        prediction (`kalman_flax.filter.reject_outlier`).
+
+    Attributes are those of `KalmanNorm`, with other defaults.
+
+    Raises:
+        ValueError: as in `KalmanNorm`.
+    """
+
+    gain: float = 0.1
+    propagate: Propagate = "raw"
+    outlier_ratio: float | None = _LIMIT
 
 
-class LiteralPaperKalmanNorm(KalmanNorm):
+class PaperKalmanNorm(KalmanNorm):
+    r"""`KalmanNorm` by Eq. 7 with all it learns: the paper's KN, as it trains.
+
+    $$
+    \hat{\mu} = p \, \mu_{\mathrm{pred}} + q \, \bar{x}, \qquad
+    \hat{\Sigma} = p \, (\Sigma_{\mathrm{pred}} + R) + q \, S
+    $$
+
+    The symbols are those of `KalmanNorm`. A scalar $q$ starts at 0.1, a diagonal $R$ at
+    0.01.
+
+    Source:
+        Wang et al., "Kalman Normalization: Normalizing Internal Representations Across
+        Network Layers" (NeurIPS 2018), Eq. 6 and 7, on the state of what the kernel
+        reads. `kalman_flax.layers.presets` says why that, and not the text's letter.
+
+    Cost:
+        - Parameters: 3 C + 1: scale, bias, noise, gain.
+        - Statistics: 2 C running ones, as batch norm.
+        - Passes: those of batch norm, and arithmetic on ``[C]`` vectors.
+        - Inference: that of batch norm.
+
+    When to use:
+        To compare with the paper's tables.
+
+    Variables:
+        Those of `KalmanNorm`.
+
+    State:
+        Hands on the state of what it put out, as `KalmanNorm`.
+
+    Attributes are those of `KalmanNorm`, with other defaults.
+
+    Raises:
+        ValueError: as in `KalmanNorm`.
+    """
+
+    gain: float = 0.1
+    learn_gain: LearnGain | None = "scalar"
+    noise: Noise | None = "additive"
+    rule: Rule = "paper"
+
+
+class PaperGroupKalmanNorm(GroupKalmanNorm):
+    r"""`GroupKalmanNorm` by Eq. 7 with all it learns: the paper's GKN, as it trains.
+
+    $$
+    \hat{\mu}_g = p \, \mu_{\mathrm{pred}} + q \, \bar{x}_{ng}, \qquad
+    \hat{\Sigma}_g = p \, (\Sigma_{\mathrm{pred}} + R) + q \, S_{ng}
+    $$
+
+    $\bar{x}_{ng}$ and $S_{ng}$ are the moments of group $g$ of example $n$; the other
+    symbols are those of `GroupKalmanNorm`. A scalar $q$ starts at 0.1, a diagonal $R$
+    at 0.01.
+
+    Source:
+        GKN of Wang et al., "Kalman Normalization" (NeurIPS 2018): Eq. 6 and 7 on the
+        sets of Eq. 8, on the state of what the kernel reads.
+
+    Cost:
+        That of `GroupKalmanNorm`, with C parameters more, the noise.
+
+    When to use:
+        To compare with the paper's tables.
+
+    Variables:
+        Those of `GroupKalmanNorm` with `noise`.
+
+    State:
+        Hands on the moments of each channel of its output, as `GroupKalmanNorm`.
+
+    Attributes are those of `GroupKalmanNorm`, with other defaults.
+
+    Raises:
+        ValueError: as in `GroupKalmanNorm`.
+    """
+
+    gain: float = 0.1
+    learn_gain: LearnGain | None = "scalar"
+    noise: Noise | None = "additive"
+    rule: Rule = "paper"
+
+
+class LiteralPaperKalmanNorm(PaperKalmanNorm):
     r"""`KalmanNorm` by Eq. 7 taken literally: the raw state is handed on.
 
     $$
@@ -112,10 +222,6 @@ class LiteralPaperKalmanNorm(KalmanNorm):
         ValueError: as in `KalmanNorm`.
     """
 
-    gain: float = 0.1
-    learn_gain: LearnGain | None = "scalar"
-    noise: Noise | None = "additive"
-    rule: Rule = "paper"
     propagate: Propagate = "raw"
 
     def _report(self, **states: KalmanState | None) -> None:

@@ -19,7 +19,18 @@ from train.engine.mesh import make_key, make_mesh
 from train.engine.optimizer import make_optimizer
 from train.engine.settings import task_of
 from train.engine.step import create_state
-from train.engine.task import of_kind
+
+
+def kind_of(config: Any) -> type[Detection]:
+    """Returns the class of the task of a run.
+
+    Raises:
+        ValueError: it is none of detection.
+    """
+    kind = task_of(config)
+    if not issubclass(kind, Detection):
+        raise ValueError(f"the task of the run is {config.task!r}, not detection.")
+    return kind
 
 
 def restore(config: Any, workdir: pathlib.Path) -> tuple[Detection, Any]:
@@ -27,7 +38,7 @@ def restore(config: Any, workdir: pathlib.Path) -> tuple[Detection, Any]:
     device, one image at a time.
 
     Raises:
-        ValueError: nothing in `workdir` says what it was trained on.
+        ValueError: nothing in `workdir` says what it was trained on; or see `kind_of`.
         FileNotFoundError: there is no checkpoint.
     """
     kept = trained_on.read(workdir)
@@ -38,10 +49,10 @@ def restore(config: Any, workdir: pathlib.Path) -> tuple[Detection, Any]:
     config = copy.deepcopy(config)
     config.eval_batch_size = 1
     mesh = make_mesh(1)
-    task = task_of(config).without_data(config, mesh, kept)
+    task = kind_of(config).without_data(config, mesh, kept)
     optimizer = functools.partial(make_optimizer, config)
     state = create_state(task, optimizer, make_key(mesh, config.seed), mesh)
-    return of_kind(task, Detection), wd.last_checkpoint(workdir, state)
+    return task, wd.last_checkpoint(workdir, state)
 
 
 def find(task: Detection, state: Any, files: PictureFiles) -> dict[str, Any]:

@@ -78,4 +78,5 @@ def _label(
 def colour(category_id: int) -> tuple[int, int, int]:
     """Returns a bright colour of its own for each category."""
     rgb = colorsys.hsv_to_rgb(category_id * _GOLDEN % 1, 0.65, 1.0)
-    return tuple(round(255 * channel) for channel in rgb)
+    red, green, blue = (round(255 * channel) for channel in rgb)
+    return red, green, blue

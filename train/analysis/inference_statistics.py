@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Final, Literal
 
 import jax
 import numpy as np
 
 from kalman_flax import compiler_options
 from kalman_flax.inference.precise import precise_statistics
+from train.engine.classification import Classification
 from train.engine.experiment import Experiment
 from train.engine.mesh import SPLIT, over_devices
 from train.engine.step import Draws, TrainState, draw, replicas_of
+from train.engine.task import of_kind
 
-AUTO = "auto"
+AUTO: Final = "auto"
 #: what `choose_weight` chooses from
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
-def parse_weight(text: str | None) -> float | str | None:
+def parse_weight(text: str | None) -> float | Literal["auto"] | None:
     """Returns the example weight that a user asked for: a number, `AUTO`, or None.
 
     Raises:
         ValueError: it is anything else.
     """
-    if text in (None, AUTO):
+    if text is None or text == AUTO:
         return text
     try:
         weight = float(text)
@@ -41,7 +43,7 @@ def parse_weight(text: str | None) -> float | str | None:
 def choose_weight(experiment: Experiment, state: TrainState) -> float:
     """Returns which of `WEIGHTS` has the smallest loss on training images, as they are,
     of which it takes as many as there are test images."""
-    task = experiment.task
+    task = of_kind(experiment.task, Classification)
     split = task.train.take(min(task.test.examples, task.train.examples))
 
     def loss(weight: float) -> float:

@@ -99,7 +99,7 @@ def collect(
         }
         for kind, batches in estimates.items()
     }
-    running = traverse_util.flatten_dict(
+    running: Any = traverse_util.flatten_dict(
         jax.device_get(experiment.state.batch_stats), sep="/"
     )
     joined["moving"] = {
@@ -113,7 +113,7 @@ def _states(
     experiment: Experiment, config: ConfigDict, size: int, images: int
 ) -> Iterator[dict[str, Layers]]:
     """Yields what the normalisers report of one batch after the other, ``[R, C]``."""
-    task, mesh = experiment.task, experiment.mesh
+    task, mesh = of_kind(experiment.task, Classification), experiment.mesh
     count = task.train.examples
     count = min(images or count, count)
     step = min(BATCH, count) // size * size
@@ -141,10 +141,13 @@ def _states(
     for start in range(0, count - step + 1, step):
         index = order[start : start + step]
         found = run((task.train.read(index).images, index[0]))
-        flat = traverse_util.flatten_dict(jax.device_get(found))
+        flat: dict[Any, Any] = traverse_util.flatten_dict(jax.device_get(found))
         seen: dict[str, Layers] = {}
         for (*path, kind), state in flat.items():
-            stats = {"mean": np.float64(state.mean), "var": np.float64(state.var)}
+            stats = {
+                stat: np.asarray(getattr(state, stat), np.float64)
+                for stat in ("mean", "var")
+            }
             seen.setdefault(kind, {})["/".join(path)] = stats
         yield seen
 
@@ -266,7 +269,7 @@ def variance_gaps(maps: dict[str, Layers], kind: str) -> dict[str, np.ndarray]:
 
 def learned_gains(params: Any) -> dict[str, np.ndarray]:
     """Returns the gains q that were learned, by layer: ``[1]`` or ``[C]``."""
-    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     logits = {
         path.removesuffix("/gain"): leaf
         for path, leaf in flat.items()

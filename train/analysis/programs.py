@@ -132,7 +132,7 @@ def _detector(task: Detection, variables: Any) -> Exported:
         networks.append({"file": file, "canvas": canvas})
     side = _TRIED_SIDE
     noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
-    tried = inputs(noise, np.array([[side, side]]))
+    tried = inputs(jnp.asarray(noise), jnp.array([[side, side]]))
     described = {
         "networks": networks,
         "platforms": stablehlo.PLATFORMS,

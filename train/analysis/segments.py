@@ -23,7 +23,7 @@ from train.engine.step import TrainState
 
 #: examples in the picture, and classes in its legend
 SHOWN, MOST_NAMES = 8, 30
-_IGNORED = (255, 255, 255)
+_IGNORED = np.array((255, 255, 255), np.uint8)
 #: of a circle, from the colour of a class to that of the next
 _GOLDEN = 0.618034
 
@@ -70,7 +70,7 @@ def by_class(
         csv.writer(file).writerows([columns, *cells])
     some = split.read(np.arange(min(SHOWN, split.examples)))
     predicted = task.predict(state, some.images)
-    plot(to.with_suffix(".png"), *some, predicted, classes)
+    plot(to.with_suffix(".png"), some.images, some.labels, predicted, classes)
     # Nothing is known of a class that is neither there nor predicted.
     shown = [
         [label, pixels, *("-" if np.isnan(x) else f"{x:.3f}" for x in values)]
@@ -122,7 +122,7 @@ def plot(
 
     def painted(labels: np.ndarray) -> np.ndarray:
         painted = colours[np.where(ignored, 0, labels)]
-        return np.where(ignored[..., None], np.uint8(_IGNORED), painted)
+        return np.where(ignored[..., None], _IGNORED, painted)
 
     columns = {
         "image": images,

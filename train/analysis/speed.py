@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.data.batches import Split
+from train.data.batches import Split, Standardize
 from train.data.sets import Dataset
 from train.engine.classification import Classification, make_network
 from train.engine.mesh import make_key, make_mesh, take
@@ -23,19 +23,20 @@ from train.engine.step import TrainState, create_state, jit_update, make_update
 
 def prepare(
     config: ConfigDict, size: int, num_classes: int = 10
-) -> tuple[Classification, Any, TrainState, Split]:
+) -> tuple[Classification, Any, TrainState, Split[jax.Array]]:
     """Returns task, train step, state and a batch of random images of that size."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
     labels = random.integers(0, num_classes, config.batch_size, np.int32)
     split = Split(images, labels)
+    middle = np.array([128.0], np.float32)
     mesh = make_mesh(config.batch_size // config.micro_batch_size)
     task = Classification(
         config,
         mesh,
         Dataset(split, split, num_classes),
         make_network(config, num_classes),
-        lambda x: x / 128.0 - 1.0,
+        Standardize(middle, middle),
     )
     optimizer = functools.partial(make_optimizer, config)
     key = make_key(mesh, 0)
@@ -55,7 +56,7 @@ def at_constant_rate(config: ConfigDict, update: Callable, key: jax.Array) -> Ca
 class Stepper:
     """Called, starts an update, and keeps the state for the next."""
 
-    def __init__(self, step: Callable, state: TrainState, batch: Split):
+    def __init__(self, step: Callable, state: TrainState, batch: Split[jax.Array]):
         self.step, self.state, self.batch = step, state, batch
 
     def __call__(self) -> Any:
@@ -94,7 +95,8 @@ def ratio(values: list[float], baseline: list[float]) -> tuple[float, float, flo
 
 def quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
-    return tuple(float(q) for q in np.quantile(values, (0.5, 0.25, 0.75)))
+    median, lower, upper = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
+    return median, lower, upper
 
 
 def between_lines(lines: list[dict[str, float]], batch_size: int) -> list[float]:

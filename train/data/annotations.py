@@ -211,5 +211,5 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """Returns a mask ``[height, width]``, of bool or of 0 and 1, as JSON can hold it,
     run-length encoded."""
-    found = rle_masks.encode(np.asfortranarray(mask, np.uint8))
+    found: Any = rle_masks.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(found["size"]), "counts": found["counts"].decode()}

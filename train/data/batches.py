@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import numpy as np
 from jax import lax
 
 from kalman_flax._filter.state import check_choice
+
+#: on the host, or of a batch on the devices
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 #: see `make_standardize`
 STANDARDIZE = ("channel", "pixel")
@@ -37,11 +40,17 @@ def first(asked: int, examples: int) -> int:
     return asked or examples
 
 
-class Split(NamedTuple):
-    """Images ``[N, H, W, C]`` uint8 and labels ``[N]`` int32, in memory."""
+class Split(NamedTuple, Generic[Array]):
+    """Images and their labels in memory, a `train.engine.task.Source`.
 
-    images: np.ndarray
-    labels: np.ndarray
+    Attributes:
+        images: ``[N, H, W, C]`` uint8.
+        labels: the class of each image, ``[N]`` int32; or of each pixel, ``[N, H, W]``
+            uint8, see `train.data.segments`.
+    """
+
+    images: Array
+    labels: Array
 
     @property
     def examples(self) -> int:
@@ -53,7 +62,7 @@ class Split(NamedTuple):
         """Of each image, ``[H, W, C]``."""
         return self.images.shape[1:]
 
-    def take(self, examples: int) -> Split:
+    def take(self, examples: int) -> Split[Array]:
         """Returns the first so many examples; all of them for 0.
 
         Raises:
@@ -61,8 +70,8 @@ class Split(NamedTuple):
         """
         return Split(*(a[: first(examples, self.examples)] for a in self))
 
-    def read(self, index: np.ndarray) -> Split:
-        """Returns the examples `index`."""
+    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Split[Array]:
+        """Returns the examples `index`, as they are."""
         return Split(*(a[index] for a in self))
 
 
@@ -110,7 +119,7 @@ class Standardize(NamedTuple):
     mean: np.ndarray
     scale: np.ndarray
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Array) -> Array:
         """Maps ``[..., H, W, C]``."""
         return (images.astype(jnp.float32) - self.mean) / self.scale
 
@@ -137,7 +146,7 @@ def make_standardize(kind: str, images: np.ndarray | None) -> Standardize:
     else:
         mean = images.mean(axis=(0, 1, 2), dtype=np.float64)
         scale = np.sqrt(_mean_square(images) - mean**2)
-    return Standardize(np.float32(mean), np.float32(scale))
+    return Standardize(np.asarray(mean, np.float32), np.asarray(scale, np.float32))
 
 
 def _mean_square(images: np.ndarray, chunk: int = 4096) -> np.ndarray:
@@ -145,11 +154,11 @@ def _mean_square(images: np.ndarray, chunk: int = 4096) -> np.ndarray:
 
     A sum of integers, in which nothing is lost.
     """
-    total = sum(
+    sums = [
         np.square(images[i : i + chunk], dtype=np.uint32).sum(axis=(0, 1, 2))
         for i in range(0, len(images), chunk)
-    )
-    return total / math.prod(images.shape[:3])
+    ]
+    return np.sum(sums, axis=0) / math.prod(images.shape[:3])
 
 
 class Crops(NamedTuple):

@@ -19,6 +19,7 @@ from train.data.objects import (
     Categories,
     ObjectData,
     Objects,
+    ObjectSource,
     Pictures,
     Scale,
     crop_mask,
@@ -67,8 +68,8 @@ class Picture(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoSplit:
-    """A split of a COCO directory, a `train.data.objects.ObjectSource`.
+class CocoSplit(ObjectSource):
+    """A split of a COCO directory.
 
     Attributes:
         root: the folder of its images.
@@ -125,7 +126,9 @@ class CocoSplit:
             "sha256": digest.hexdigest(),
         }
 
-    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Objects:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Objects[np.ndarray]:
         """Returns the examples `index`, whose canvases are of one size.
 
         Raises:
@@ -145,7 +148,7 @@ class CocoSplit:
                 objects.masks[slots, slot] = crop_mask(mask, row.boxes[slot], MASK_SIZE)
         return objects
 
-    def read_canvases(self, index: np.ndarray) -> Canvases:
+    def read_canvases(self, index: np.ndarray) -> Canvases[np.ndarray]:
         """Returns the images of these examples alone; see `read`."""
         canvases = Canvases.black(self.pictures.canvas[index])
         for place, example in enumerate(index.tolist()):
@@ -160,7 +163,7 @@ def load_coco(
     train_split: str,
     scales: tuple[Scale, Scale],
     max_pixels: int = MAX_PIXELS,
-) -> tuple[ObjectData, str]:
+) -> tuple[ObjectData[CocoSplit], str]:
     """Reads the annotations of a directory, and looks for its images.
 
     Args:
@@ -186,7 +189,8 @@ def load_coco(
             f"the annotations of {train_split} and val in {root} have other categories:"
             f" {_few(ours)} and {_few(theirs)}."
         )
-    splits, lines = [], []
+    splits: list[CocoSplit] = []
+    lines = []
     for split, scale in zip((train_split, "val"), scales):
         folder = root / f"{split}2017"
         rows = _pictures(folder, found[split])
@@ -200,7 +204,8 @@ def load_coco(
             raise ValueError(f"no image in {folder} has an object to find.")
         lines.append(summary)
         splits.append(CocoSplit(folder, rows, found[split], scale, max_pixels))
-    return ObjectData(*splits, ours, "val"), "\n".join(lines)
+    train, test = splits
+    return ObjectData(train, test, ours, "val"), "\n".join(lines)
 
 
 def _read(root: pathlib.Path, split: str) -> Annotations:
@@ -239,8 +244,10 @@ def _pictures(folder: pathlib.Path, annotations: Annotations) -> list[Picture]:
                 file,
                 height,
                 width,
-                np.float32([box for box, _ in objects]).reshape(-1, 4),
-                np.int32([labels[each["category_id"]] for _, each in objects]),
+                np.array([box for box, _ in objects], np.float32).reshape(-1, 4),
+                np.array(
+                    [labels[each["category_id"]] for _, each in objects], np.int32
+                ),
                 np.array([each["iscrowd"] for _, each in objects], bool),
                 [each["segmentation"] for _, each in objects],
             )

@@ -49,7 +49,9 @@ class Encoded:
         """
         return dataclasses.replace(self, examples=first(examples, self.examples))
 
-    def read(self, index: np.ndarray, key: tuple[int, ...] | None = None) -> Split:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Split[np.ndarray]:
         """Returns the examples `index`.
 
         Args:
@@ -133,7 +135,8 @@ def decode(
         left, top, right, bottom = box(width, height)
         # A large JPEG is decoded at 1/2, 1/4 or 1/8 where the box keeps enough pixels.
         enough = width * size / (right - left), height * size / (bottom - top)
-        image.draft(None, tuple(map(math.ceil, enough[turn])))
+        least_width, least_height = map(math.ceil, enough[turn])
+        image.draft(None, (least_width, least_height))
         shrunk = round(full / image.width)
         image = to_rgb(image).resize(
             (size, size),

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from train.data.batches import Split, Standardize
+from train.data.digest import sha256
 from train.data.encoded import Encoded
 from train.data.files import Files
 from train.data.folders import SHOWN
 from train.data.objects import ObjectData
+from train.data.pairs import Pairs
+from train.data.segment_sets import SegmentData
 from train.data.sets import Dataset
 
 #: that statistics may differ by and still be of the same images, on another machine
@@ -20,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 def fingerprint(
-    name: str, dataset: Dataset, standardize: Standardize
+    name: str, dataset: Dataset | SegmentData, standardize: Standardize
 ) -> dict[str, Any]:
     """Describes the data of a run, as JSON can hold it.
 
@@ -32,21 +35,21 @@ def fingerprint(
         dataset: all of it.
         standardize: of the run.
     """
-    splits = (
+    train, test = (
         _describe(split, dataset.num_classes) for split in (dataset.train, dataset.test)
     )
     return {"version": dataset.version} | _fingerprint(
-        name, dataset.classes, *splits, dataset.test_name, standardize
+        name, dataset.classes, train, test, dataset.test_name, standardize
     )
 
 
 def fingerprint_objects(
-    name: str, data: ObjectData, standardize: Standardize
+    name: str, data: ObjectData[Any], standardize: Standardize
 ) -> dict[str, Any]:
     """Describes the data of a run on images with objects; see `fingerprint`."""
-    splits = (split.describe() for split in (data.train, data.test))
+    train, test = (split.describe() for split in (data.train, data.test))
     return {"version": ""} | _fingerprint(
-        name, data.categories.names, *splits, data.test_name, standardize
+        name, data.categories.names, train, test, data.test_name, standardize
     )
 
 
@@ -69,31 +72,30 @@ def _fingerprint(
     }
 
 
-def _describe(split: Split | Encoded, num_classes: int) -> dict[str, Any]:
-    if describe := getattr(split, "describe", None):
-        return describe()
-    described = {
+def _describe(
+    split: Split[np.ndarray] | Encoded | Pairs, num_classes: int
+) -> dict[str, Any]:
+    if isinstance(split, Pairs):
+        return split.describe()
+    described: dict[str, Any] = {
         "images": split.examples,
         "shape": list(split.image_shape),
         "dtype": "uint8",
     }
     if isinstance(split, Split):
-        labels, content = (
-            split.labels,
-            [np.ascontiguousarray(split.images), split.labels],
-        )
-        described["dtype"] = str(split.images.dtype)
+        labels = split.labels
+        described |= {"dtype": str(split.images.dtype), "sha256": sha256(split)}
     elif isinstance(split.source, Files):
         labels = split.source.labels
         paths = sorted(f"{f.path}\0{f.size}" for f in split.source.found)
-        content = ["\n".join(paths).encode(errors="surrogateescape")]
+        text = "\n".join(paths).encode(errors="surrogateescape")
+        described["sha256"] = hashlib.sha256(text).hexdigest()
     else:
         return described
-    digest = hashlib.sha256()
-    for part in content:
-        digest.update(part)
-    counts = np.bincount(labels, minlength=num_classes).tolist()
-    return described | {"by_class": counts, "sha256": digest.hexdigest()}
+    if labels.ndim == 1:  # and not one of each pixel
+        counts = np.bincount(labels, minlength=num_classes)
+        described["by_class"] = counts.tolist()
+    return described
 
 
 def _per_channel(value: np.ndarray) -> list[float]:

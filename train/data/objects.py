@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from train.data.batches import epoch_order
+from train.data.batches import Array, epoch_order
 from train.data.pixels import open_image, to_rgb
 
 
-class Canvases(NamedTuple):
+class Canvases(NamedTuple, Generic[Array]):
     """Images on canvases of one size.
 
     Attributes:
@@ -25,11 +25,11 @@ class Canvases(NamedTuple):
         size: height and width of the part that is image, ``[N, 2]`` int32.
     """
 
-    image: np.ndarray
-    size: np.ndarray
+    image: Array
+    size: Array
 
-    @classmethod
-    def black(cls, shapes: np.ndarray) -> Canvases:
+    @staticmethod
+    def black(shapes: np.ndarray) -> Canvases[np.ndarray]:
         """Returns canvases without images.
 
         Args:
@@ -37,12 +37,12 @@ class Canvases(NamedTuple):
         """
         [shape] = np.unique(shapes, axis=0).tolist()
         count = len(shapes)
-        return cls(
+        return Canvases(
             np.zeros((count, *shape, 3), np.uint8), np.zeros((count, 2), np.int32)
         )
 
     def draw(
-        self,
+        self: Canvases[np.ndarray],
         place: int,
         path: pathlib.Path,
         shape: tuple[int, int],
@@ -78,7 +78,7 @@ class Canvases(NamedTuple):
         self.size[place] = height, width
 
 
-class Objects(NamedTuple):
+class Objects(NamedTuple, Generic[Array]):
     """Canvases, and G slots for the objects on each.
 
     Attributes:
@@ -91,18 +91,20 @@ class Objects(NamedTuple):
             the object covers. Of crowds 0.
     """
 
-    image: np.ndarray
-    size: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    masks: np.ndarray
+    image: Array
+    size: Array
+    boxes: Array
+    labels: Array
+    crowd: Array
+    masks: Array
 
-    @classmethod
-    def on(cls, canvases: Canvases, slots: int, mask_size: int) -> Objects:
+    @staticmethod
+    def on(
+        canvases: Canvases[np.ndarray], slots: int, mask_size: int
+    ) -> Objects[np.ndarray]:
         """Returns canvases with so many slots, which are empty."""
         examples = len(canvases.image)
-        return cls(
+        return Objects(
             *canvases,
             np.zeros((examples, slots, 4), np.float32),
             np.zeros((examples, slots), np.int32),
@@ -111,7 +113,7 @@ class Objects(NamedTuple):
         )
 
     @property
-    def canvases(self) -> Canvases:
+    def canvases(self) -> Canvases[Array]:
         """The images without the objects."""
         return Canvases(self.image, self.size)
 
@@ -145,7 +147,7 @@ class PictureSource(Protocol):
         """What is known of all images."""
         ...
 
-    def read_canvases(self, index: np.ndarray) -> Canvases:
+    def read_canvases(self, index: np.ndarray) -> Canvases[np.ndarray]:
         """Returns the images `index`, whose canvases are of one size."""
         ...
 
@@ -158,7 +160,9 @@ class ObjectSource(PictureSource, Protocol):
         """Images, annotations and categories in COCO's form, of images as they came."""
         ...
 
-    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Objects:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Objects[np.ndarray]:
         """Returns the examples `index`, whose canvases are of one size. Nothing of them
         is random."""
         ...
@@ -166,6 +170,9 @@ class ObjectSource(PictureSource, Protocol):
     def describe(self) -> dict[str, Any]:
         """Returns what to know the split by, see `train.data.fingerprint`."""
         ...
+
+
+Kind = TypeVar("Kind")
 
 
 class Categories(NamedTuple):
@@ -184,15 +191,16 @@ class Categories(NamedTuple):
         return [{"id": i, "name": name} for i, name in zip(self.ids, self.names)]
 
 
-class ObjectData(NamedTuple):
+class ObjectData(NamedTuple, Generic[Kind]):
     """A training and a test split, and their classes.
 
     Attributes:
+        train, test: each an `ObjectSource`.
         test_name: what the data set itself calls its test split.
     """
 
-    train: ObjectSource
-    test: ObjectSource
+    train: Kind
+    test: Kind
     categories: Categories
     test_name: str = "test"
 

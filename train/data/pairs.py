@@ -20,14 +20,14 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from train.data.batches import first
+from train.data.batches import Split, first
 from train.data.check import THREADS
 from train.data.encoded import Box, random_box
 from train.data.files import Found
 from train.data.folders import SHOWN, TEST_FOLDERS
 from train.data.names import IMAGES, is_hidden, suffix
 from train.data.pixels import open_image, orientation, to_rgb
-from train.data.segments import IGNORE, Segments
+from train.data.segments import IGNORE
 
 CLASSES = "classes.txt"
 #: kinds of PNG whose numbers are taken as they are
@@ -71,7 +71,9 @@ class Pairs:
         count = first(examples, self.examples)
         return dataclasses.replace(self, found=self.found[:count])
 
-    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Segments:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Split[np.ndarray]:
         """Returns the examples `index`, decoded.
 
         Args:
@@ -90,11 +92,12 @@ class Pairs:
             box, size = (0, 0, *image.size), self._fitted(*image.size)
             if key is not None:
                 random = np.random.default_rng((*key, example))
-                box, size = random_box(random)(*image.size), (self.image_size,) * 2
+                box = random_box(random)(*image.size)
+                size = self.image_size, self.image_size
             width, height = size
             images[row, :height, :width] = _cut(image, box, size, "BILINEAR")
             labels[row, :height, :width] = _cut(mask, box, size, "NEAREST")
-        return Segments(images, labels)
+        return Split(images, labels)
 
     def _fitted(self, width: int, height: int) -> tuple[int, int]:
         scale = self.image_size / max(width, height)
@@ -192,11 +195,11 @@ def find_pairs(
             " each with images/ and masks/."
         )
     classes = _classes(root / CLASSES)
-    splits = [
+    train_split, test_split = (
         Pairs(root / name, _pairs(root / name), image_size, len(classes), max_pixels)
         for name in ("train", test)
-    ]
-    return *splits, classes, test
+    )
+    return train_split, test_split, classes, test
 
 
 def _classes(path: pathlib.Path) -> tuple[str, ...]:

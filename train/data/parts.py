@@ -62,7 +62,7 @@ def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
     new = np.full(dataset.num_classes, -1, np.int32)
     new[list(classes)] = np.arange(len(classes))
 
-    def choose(split: Split | Encoded) -> Split:
+    def choose(split: Split[np.ndarray] | Encoded) -> Split[np.ndarray]:
         split = _in_memory(split, "classes")
         labels = new[split.labels]
         return Split(split.images[labels >= 0], labels[labels >= 0])
@@ -75,7 +75,7 @@ def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
     )
 
 
-def _in_memory(split: Split | Encoded, key: str) -> Split:
+def _in_memory(split: Split[np.ndarray] | Encoded, key: str) -> Split[np.ndarray]:
     if isinstance(split, Split):
         return split
     raise ValueError(

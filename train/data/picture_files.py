@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.data.names import IMAGES, is_hidden, suffix
-from train.data.objects import Canvases, Pictures, Scale, pictures_of
+from train.data.objects import (
+    Canvases,
+    Pictures,
+    PictureSource,
+    Scale,
+    pictures_of,
+)
 from train.data.pixels import is_image, open_image, orientation, to_rgb
 
 
@@ -38,7 +44,7 @@ def find_images(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFiles:
+class PictureFiles(PictureSource):
     """Image files on canvases.
 
     Attributes:
@@ -71,7 +77,7 @@ class PictureFiles:
         with open_image(self.paths[example], self.max_pixels) as image:
             return np.asarray(to_rgb(image))
 
-    def read_canvases(self, index: np.ndarray) -> Canvases:
+    def read_canvases(self, index: np.ndarray) -> Canvases[np.ndarray]:
         """Returns the images `index`, whose canvases are of one size.
 
         Raises:

@@ -198,7 +198,7 @@ def check_file(path: pathlib.Path, max_pixels: int) -> bool:
         Exception: what Pillow has for damaged files, of many types.
     """
     with path.open("rb") as file, open_image(file, max_pixels) as image:
-        end = _ENDS.get(image.format)
+        end = _ENDS.get(image.format or "")
         if end is None or (end and not _ends_with(file, end)):
             to_rgb(image)
         return bool(getattr(image, "is_animated", False))

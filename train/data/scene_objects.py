@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from train.data.annotations import encode
+from train.data.digest import sha256
 from train.data.objects import (
     Canvases,
     Categories,
     ObjectData,
     Objects,
+    ObjectSource,
     Pictures,
     crop_mask,
 )
-from train.data.scenes import CLASSES, COUNT, Scenes, make_scenes
+from train.data.scenes import CLASSES, COUNT, SPLITS, Scenes, make_scenes
 
 #: slots for the digits of a scene
 SLOTS = 8
@@ -33,8 +34,8 @@ CATEGORIES = Categories(tuple(range(1, len(CLASSES))), CLASSES[1:])
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneSplit:
-    """Scenes in memory, a `train.data.objects.ObjectSource`.
+class SceneSplit(ObjectSource):
+    """Scenes in memory.
 
     Attributes:
         scenes: what they were made of.
@@ -42,7 +43,7 @@ class SceneSplit:
     """
 
     scenes: Scenes
-    objects: Objects
+    objects: Objects[np.ndarray]
 
     @property
     def examples(self) -> int:
@@ -85,44 +86,43 @@ class SceneSplit:
 
     def describe(self) -> dict[str, Any]:
         """Returns what to know the split by, see `train.data.fingerprint`."""
-        digest = hashlib.sha256()
-        for array in self.objects:
-            digest.update(np.ascontiguousarray(array))
         counts = np.bincount(self.objects.labels.ravel(), minlength=len(CLASSES))
         return {
             "images": self.examples,
             "shape": list(self.objects.image.shape[1:]),
             "dtype": "uint8",
             "by_class": counts[1:].tolist(),
-            "sha256": digest.hexdigest(),
+            "sha256": sha256(self.objects),
         }
 
-    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Objects:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Objects[np.ndarray]:
         """Returns the examples `index`."""
         return Objects(*(array[index] for array in self.objects))
 
-    def read_canvases(self, index: np.ndarray) -> Canvases:
+    def read_canvases(self, index: np.ndarray) -> Canvases[np.ndarray]:
         """Returns the images of these examples alone."""
         return Canvases(*(array[index] for array in self.objects.canvases))
 
 
-def load_scenes(examples: tuple[int, int], size: int) -> ObjectData:
+def load_scenes(examples: tuple[int, int], size: int) -> ObjectData[SceneSplit]:
     """Makes scenes to train and to test on.
 
     Args:
         examples: their numbers; 0 for those of `EXAMPLES`.
         size: height and width, in pixels.
     """
-    splits = [
+    train, test = (
         _split(make_scenes(split, count or default, size))
-        for split, count, default in zip(("train", "test"), examples, EXAMPLES)
-    ]
-    return ObjectData(*splits, CATEGORIES)
+        for split, count, default in zip(SPLITS, examples, EXAMPLES)
+    )
+    return ObjectData(train, test, CATEGORIES)
 
 
 def _split(scenes: Scenes) -> SceneSplit:
     count, height, width = scenes.images.shape[:3]
-    size = np.tile(np.int32([height, width]), (count, 1))
+    size = np.tile(np.array([height, width], np.int32), (count, 1))
     objects = Objects.on(Canvases(scenes.images, size), SLOTS, MASK_SIZE)
     for row, found in enumerate(scenes.instances):
         there = len(found.labels)

@@ -15,7 +15,7 @@ from PIL import Image
 from kalman_flax._filter.state import check_choice
 from train.data.sets import load_dataset
 
-SPLITS = ("train", "test")
+SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 #: by label; the digit d has the label d + 1
 CLASSES = ("background", *map(str, range(10)))
 
@@ -88,7 +88,7 @@ def make_scenes(
     if size * SIZE[0] < 64 * 8:
         raise ValueError(f"size is {size}; expected 43 or more.")
     digits = getattr(load_dataset("digits"), split)
-    ink = np.float32(digits.images[..., 0]) / 16
+    ink = digits.images[..., 0].astype(np.float32) / 16
     made = [
         _scene(
             np.random.default_rng((seed, SPLITS.index(split), i)),
@@ -138,7 +138,7 @@ def _scene(
     gain = EXPOSURE * np.exp(GAIN * random.normal())
     image = gain * image + NOISE * random.normal(size=image.shape)
     pixels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
-    boxes = np.float32([_box(mask) for mask in masks]).reshape(-1, 4)
+    boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
     return pixels, Instances(boxes, labels[chosen] + 1, masks)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from train.data import scenes
+from train.data.batches import Split
 from train.data.pairs import Pairs, find_pairs
-from train.data.segments import Segments
 
 DATASETS = ("scenes", "pairs")
 #: scenes to train and to test on, where a config asks for no number
@@ -24,8 +26,8 @@ class SegmentData(NamedTuple):
         version: as of `train.data.sets.Dataset`.
     """
 
-    train: Segments | Pairs
-    test: Segments | Pairs
+    train: Split[np.ndarray] | Pairs
+    test: Split[np.ndarray] | Pairs
     classes: tuple[str, ...]
     test_name: str = "test"
     version: str = ""
@@ -57,23 +59,25 @@ def load_segments(
         FileNotFoundError: there are none.
     """
     if name == "scenes":
-        splits = (
+        train, test = (
             _scenes(split, count or default, image_size)
             for split, count, default in zip(scenes.SPLITS, examples, EXAMPLES)
         )
-        return SegmentData(*splits, scenes.CLASSES)
+        return SegmentData(train, test, scenes.CLASSES)
     if not data_dir:
         raise ValueError(
             "dataset is 'pairs'; pass --data_dir=DIR, with DIR/train/images/X.jpg and"
             " DIR/train/masks/X.png, the same in DIR/val/, and DIR/classes.txt."
         )
     root = pathlib.Path(data_dir).expanduser()
-    found = find_pairs(root, image_size, max_pixels)
-    splits = (split.take(count) for split, count in zip(found[:2], examples))
-    return SegmentData(*splits, *found[2:])
+    train, test, classes, name = find_pairs(root, image_size, max_pixels)
+    train, test = (split.take(count) for split, count in zip((train, test), examples))
+    return SegmentData(train, test, classes, name)
 
 
 @functools.cache
-def _scenes(split: str, examples: int, size: int) -> Segments:
+def _scenes(
+    split: Literal["train", "test"], examples: int, size: int
+) -> Split[np.ndarray]:
     made = scenes.make_scenes(split, examples, size)
-    return Segments(made.images, made.labels)
+    return Split(made.images, made.labels)

@@ -29,13 +29,13 @@ class Dataset(NamedTuple):
         validation: training images that are kept back, to choose settings by.
     """
 
-    train: Split | Encoded
-    test: Split | Encoded
+    train: Split[np.ndarray] | Encoded
+    test: Split[np.ndarray] | Encoded
     num_classes: int
     classes: tuple[str, ...] = ()
     test_name: str = "test"
     version: str = ""
-    validation: Split | None = None
+    validation: Split[np.ndarray] | None = None
 
 
 class _Known(NamedTuple):
@@ -166,14 +166,14 @@ def _coloured(images: np.ndarray) -> np.ndarray:
     3]``: always the same ones."""
     shape = (2, len(images), 1, 1, 3)
     ground, ink = np.random.default_rng(0).integers(256, size=shape)
-    return np.uint8(np.rint(ground + (ink - ground) * (images / _WHITE)))
+    return np.rint(ground + (ink - ground) * (images / _WHITE)).astype(np.uint8)
 
 
 @functools.cache
 def _read(name: str, data_dir: str) -> Dataset:
     """Reads a whole set of TFDS into memory."""
 
-    def read(source: Any) -> Split:
+    def read(source: Any) -> Split[np.ndarray]:
         shape = source.dataset_info.features["image"].shape
         images = np.empty((len(source), *shape), np.uint8)
         labels = np.empty(len(source), np.int32)

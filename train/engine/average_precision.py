@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -60,14 +60,15 @@ def results(
     height, width = map(int, original)
     factors = np.array([width / size[1], height / size[0]] * 2)
     annotations = []
-    for slot in np.flatnonzero(found.labels).tolist():
-        box = found.boxes[slot].astype(np.float64) * factors
-        mask = paste(found.masks[slot], box, height, width)
+    boxes, labels, masks = map(np.asarray, (found.boxes, found.labels, found.masks))
+    for slot in np.flatnonzero(labels).tolist():
+        box = boxes[slot].astype(np.float64) * factors
+        mask = paste(masks[slot], box, height, width)
         x1, y1, x2, y2 = box.tolist()
         annotations.append(
             {
                 "image_id": int(image_id),
-                "category_id": category_ids[found.labels[slot] - 1],
+                "category_id": category_ids[labels[slot] - 1],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": float(found.scores[slot]),
                 "segmentation": encode(mask),
@@ -130,7 +131,10 @@ def score(
 
 
 def _numbers(
-    truth: COCO, dataset: dict[str, Any], found: list[dict[str, Any]], kind: str
+    truth: COCO,
+    dataset: dict[str, Any],
+    found: list[dict[str, Any]],
+    kind: Literal["bbox", "segm"],
 ) -> dict[str, float]:
     annotations = [
         each
@@ -146,7 +150,7 @@ def _numbers(
     return {name: number for name, number in numbers if number >= 0}
 
 
-def _indexed(dataset: dict[str, Any]) -> COCO:
+def _indexed(dataset: Any) -> COCO:
     coco = COCO()
     coco.dataset = dataset
     coco.createIndex()

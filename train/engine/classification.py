@@ -39,7 +39,7 @@ from train.engine.step import TrainState, apply_replicas
 
 #: with more classes than this, an image also counts if the right one is among so many
 TOP = 5
-Images = Split | Encoded
+Images = Split[np.ndarray] | Encoded
 
 
 def infer(network: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -47,7 +47,8 @@ def infer(network: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     statistics (option A)."""
     # The Monte Carlo transition asks for a key; nothing here depends on it.
     rngs = {RNG: jax.random.key(0)}
-    return network.apply(variables, images, use_running_average=True, rngs=rngs)
+    logits: Any = network.apply(variables, images, use_running_average=True, rngs=rngs)
+    return logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Classification:
     mesh: Mesh
     dataset: Dataset
     network: nn.Module
-    standardize: Standardize | Callable[[jax.Array], jax.Array]
+    standardize: Standardize
 
-    shown: ClassVar = {"loss": ".3f", "accuracy": ".1%"}
-    headline: ClassVar = "moving_accuracy"
+    shown: ClassVar[Mapping[str, str]] = {"loss": ".3f", "accuracy": ".1%"}
+    headline: ClassVar[str] = "moving_accuracy"
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -105,22 +106,14 @@ class Classification:
         return self.dataset.test
 
     @property
-    def validation(self) -> Split | None:
+    def validation(self) -> Split[np.ndarray] | None:
         """Training images that are kept back, to choose settings by."""
         return self.dataset.validation
 
     @property
-    def splits(self) -> dict[str, Images]:
-        """What there is to evaluate on, by name; the test images under the data set's
-        own name for them as well."""
-        splits: dict[str, Images] = {
-            "train": self.train,
-            "test": self.test,
-            self.dataset.test_name: self.test,
-        }
-        if self.validation is not None:
-            splits["validation"] = self.validation
-        return splits
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.dataset.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False
@@ -187,7 +180,7 @@ class Classification:
         self,
         network: nn.Module,
         variables: dict[str, Any],
-        batch: Split,
+        batch: Split[jax.Array],
         draws: Crops,
         keys: jax.Array,
         mutable: Sequence[str] = ("batch_stats",),
@@ -226,7 +219,10 @@ class Classification:
     @functools.cached_property
     def _scores(self) -> Totals:
         def sums(
-            state: TrainState, batch: Split, counts: jax.Array, keys: jax.Array
+            state: TrainState,
+            batch: Split[jax.Array],
+            counts: jax.Array,
+            keys: jax.Array,
         ) -> dict[str, jax.Array]:
             images = self.standardize(batch.images)
             moving = infer(self.network, state.variables, images)
@@ -241,7 +237,7 @@ class Classification:
     def _weighed_scores(self) -> Totals:
         def sums(
             state: TrainState,
-            batch: Split,
+            batch: Split[jax.Array],
             counts: jax.Array,
             keys: jax.Array,
             weight: jax.Array,
@@ -256,7 +252,10 @@ class Classification:
     @functools.cached_property
     def _confusion(self) -> Totals:
         def sums(
-            state: TrainState, batch: Split, counts: jax.Array, keys: jax.Array
+            state: TrainState,
+            batch: Split[jax.Array],
+            counts: jax.Array,
+            keys: jax.Array,
         ) -> jax.Array:
             images = self.standardize(batch.images)
             logits = infer(self.network, state.variables, images)
@@ -268,7 +267,7 @@ class Classification:
 
 
 def score(
-    name: str, logits: jax.Array, batch: Split, counts: jax.Array
+    name: str, logits: jax.Array, batch: Split[jax.Array], counts: jax.Array
 ) -> dict[str, jax.Array]:
     """Returns the sums of loss and accuracies over the images that count, as
     ``NAME_loss`` and so on."""

@@ -58,7 +58,7 @@ class Detection:
         categories: the classes.
         network: maps standardised canvases to detections, and to losses.
         standardize: maps uint8 pixels to what the network takes.
-        data: the splits; None where there are only images to be looked at, see
+        data: the splits; of None where there are only images to be looked at, see
             `without_data`.
     """
 
@@ -67,11 +67,11 @@ class Detection:
     categories: Categories
     network: nn.Module
     standardize: Standardize
-    data: ObjectData | None
+    data: ObjectData[Any]
 
-    shown: ClassVar = dict.fromkeys(LOSSES[::-1], ".3f")
-    headline: ClassVar = "moving_box_AP"
-    validation: ClassVar = None
+    shown: ClassVar[Mapping[str, str]] = dict.fromkeys(LOSSES[::-1], ".3f")
+    headline: ClassVar[str] = "moving_box_AP"
+    validation = None
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -116,11 +116,12 @@ class Detection:
             tuple(map(int, kept["categories"])), tuple(kept["categories"].values())
         )
         moments = {
-            key: np.float32(value)
+            key: np.asarray(value, np.float32)
             for key, value in kept["images"]["standardize"].items()
         }
         network = make_detector(config, len(categories.ids))
-        return cls(config, mesh, categories, network, Standardize(**moments), None)
+        nothing = ObjectData(None, None, categories)
+        return cls(config, mesh, categories, network, Standardize(**moments), nothing)
 
     @property
     def train(self) -> ObjectSource:
@@ -133,13 +134,9 @@ class Detection:
         return self.data.test
 
     @property
-    def splits(self) -> dict[str, ObjectSource]:
-        """What there is to evaluate on, by name; see `Classification.splits`."""
-        return {
-            "train": self.train,
-            "test": self.test,
-            self.data.test_name: self.test,
-        }
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.data.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False
@@ -190,7 +187,7 @@ class Detection:
         self,
         network: nn.Module,
         variables: dict[str, Any],
-        batch: Objects,
+        batch: Objects[jax.Array],
         draws: jax.Array | None,
         keys: jax.Array,
         mutable: Sequence[str] = ("batch_stats",),
@@ -202,7 +199,7 @@ class Detection:
         if draws is not None:
             batch = mirror(batch, draws)
         inputs = prepare(batch.canvases, self.standardize)
-        targets = Targets(*batch[2:])
+        targets = Targets(batch.boxes, batch.labels, batch.crowd, batch.masks)
 
         def losses(inputs: Any, targets: Targets, key: jax.Array) -> tuple[Any, Any]:
             return network.apply(
@@ -216,8 +213,8 @@ class Detection:
                 method="losses",
             )
 
-        parts = split_evenly((inputs, targets), len(keys))
-        found, written = jax.vmap(losses)(*parts, keys)
+        inputs, targets = split_evenly((inputs, targets), len(keys))
+        found, written = jax.vmap(losses)(inputs, targets, keys)
         return {name: jnp.sum(found[name]) for name in LOSSES}, written
 
     def evaluate(self, state: TrainState, source: ObjectSource) -> dict[str, float]:
@@ -264,7 +261,8 @@ def scales(config: Any) -> tuple[Scale, Scale]:
     """Returns how large images are to train and to test."""
     if config.dataset == "scenes":
         size = config.image_size
-        return (Scale(size, size, size),) * 2
+        scale = Scale(size, size, size)
+        return scale, scale
     train = Scale(config.short_side, config.long_side, config.canvas_multiple)
     test = train._replace(
         short=config.test_short_side or train.short,
@@ -273,7 +271,7 @@ def scales(config: Any) -> tuple[Scale, Scale]:
     return train, test
 
 
-def load_data(config: Any, data_dir: str | None) -> tuple[ObjectData, Any]:
+def load_data(config: Any, data_dir: str | None) -> tuple[ObjectData[Any], Any]:
     """Returns the data that a config names, and the training images, if they are in
     memory.
 
@@ -295,8 +293,10 @@ def load_data(config: Any, data_dir: str | None) -> tuple[ObjectData, Any]:
     )
     if processes.primary():
         print(summary, file=sys.stderr, flush=True)
-    splits = (split.take(count) for split, count in zip(data[:2], examples))
-    return ObjectData(*splits, *data[2:]), None
+    train, test = (
+        split.take(count) for split, count in zip((data.train, data.test), examples)
+    )
+    return data._replace(train=train, test=test), None
 
 
 def is_portrait(source: ObjectSource) -> np.ndarray:
@@ -305,7 +305,7 @@ def is_portrait(source: ObjectSource) -> np.ndarray:
     return height > width
 
 
-def mirror(batch: Objects, mirrored: jax.Array) -> Objects:
+def mirror(batch: Objects[jax.Array], mirrored: jax.Array) -> Objects[jax.Array]:
     """Mirrors some images of a batch, left and right, and their objects.
 
     Args:

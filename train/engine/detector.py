@@ -77,7 +77,9 @@ def make_detector(config: Any, num_classes: int) -> nn.Module:
     )
 
 
-def prepare(canvases: Canvases, standardize: Standardize) -> dict[str, jax.Array]:
+def prepare(
+    canvases: Canvases[jax.Array], standardize: Standardize
+) -> dict[str, jax.Array]:
     """Returns what a detector takes: standardised pixels, 0 outside of the images."""
     height, width = canvases.image.shape[1:3]
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
@@ -91,7 +93,8 @@ def infer(network: nn.Module, variables: Any, inputs: Any) -> Detections:
     """Returns detections by the moving statistics (option A)."""
     # The Monte Carlo transition asks for a key; nothing here depends on it.
     rngs = {RNG: jax.random.key(0)}
-    return network.apply(variables, inputs, use_running_average=True, rngs=rngs)
+    found: Any = network.apply(variables, inputs, use_running_average=True, rngs=rngs)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,9 @@ class _CanvasesOf:
     def examples(self) -> int:
         return self.source.examples
 
-    def read(self, index: np.ndarray, key: Sequence[int] | None = None) -> Canvases:
+    def read(
+        self, index: np.ndarray, key: Sequence[int] | None = None
+    ) -> Canvases[np.ndarray]:
         return self.source.read_canvases(index)
 
 
@@ -160,7 +165,7 @@ class Detector:
                 yield example, jax.tree.map(lambda x, row=row: x[row], found)
 
     def _on_device(
-        self, variables: Any, canvases: Canvases, keys: jax.Array
+        self, variables: Any, canvases: Canvases[jax.Array], keys: jax.Array
     ) -> dict[str, Detections]:
         inputs = prepare(canvases, self._standardize)
         found = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from train.engine.feed import batches_of
-from train.engine.mesh import make_key, make_mesh, same
+from train.engine.mesh import Devices, make_key, make_mesh, same
 from train.engine.optimizer import make_optimizer
 from train.engine.schedule import count_steps, make_schedule
 from train.engine.settings import check, task_of
@@ -57,7 +57,7 @@ class Experiment:
 def build(
     config: Any,
     data_dir: str | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Experiment:
     """Builds the experiment that `config` describes.
 

@@ -147,8 +147,11 @@ def _alive(batches: Iterator[Any]) -> Iterator[Any]:
 def _end_with_trainer(*_: int) -> None:
     """Has this worker end when its trainer is killed, which cannot end it then."""
 
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None  # this is a worker
+
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        trainer.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -49,7 +49,7 @@ def loaded(config: Any, experiment: Experiment, workdir: pathlib.Path) -> Experi
         return experiment
     checkpoint = read(config.init_from, experiment.mesh)
     state = experiment.state
-    ours = traverse_util.flatten_dict(
+    ours: dict[Path, Any] = traverse_util.flatten_dict(
         {name: getattr(state, name) for name in COLLECTIONS}
     )
     found, news = fit(checkpoint, ours, config)

@@ -169,7 +169,7 @@ class Loop:
 
     def _update(self, step: int, state: TrainState, batch: Any) -> TrainState:
         """One update; its metrics wait for the next look."""
-        before = jax.tree.map(jnp.copy, state) if self.config.debug_nans else None
+        before = jax.tree.map(jnp.copy, state) if self.config.debug_nans else state
         state, metrics = self.experiment.train_step(state, batch)
         self._pending.append(metrics)
         if self.config.debug_nans:

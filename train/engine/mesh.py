@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +15,11 @@ DEVICES = "devices"
 SPLIT = PartitionSpec(DEVICES)
 SAME = PartitionSpec()
 
-Tree = TypeVar("Tree")
+#: of `jax.Device`, which is no class to a type checker
+Devices = Sequence[Any]
 
 
-def make_mesh(replicas: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(replicas: int, devices: Devices | None = None) -> Mesh:
     """Returns a mesh over as many devices as the replicas of a step split evenly into.
 
     Args:
@@ -80,17 +81,18 @@ def local_rows(mesh: Mesh, examples: int) -> np.ndarray:
     return mine
 
 
-def take(mesh: Mesh, arrays: Tree, index: np.ndarray) -> Tree:
-    """Returns the rows `index` of host arrays, split over the devices in this order.
+def take(mesh: Mesh, arrays: Any, index: np.ndarray) -> Any:
+    """Returns the rows `index` of a pytree of host arrays, split over the devices in
+    this order.
 
     A process reads the rows of its own devices and no others.
     """
 
     def rows(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            (len(index), *array.shape[1:]),
-            NamedSharding(mesh, SPLIT),
-            lambda at: array[index[at[0]]],
-        )
+        def part(at: Any) -> np.ndarray:
+            return array[index[at[0]]]
+
+        shape = (len(index), *array.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, SPLIT), part)
 
     return jax.tree.map(rows, arrays)

@@ -58,7 +58,10 @@ _SET_BY = {
     "trust_ratio_mask": "the engine: kernels alone",
 }
 #: of options that are shares; the others are any number
-_RANGES = {"b1": {"least": 0, "below": 1}, "b2": {"least": 0, "below": 1}}
+_RANGES: dict[str, dict[str, Any]] = {
+    "b1": {"least": 0, "below": 1},
+    "b2": {"least": 0, "below": 1},
+}
 
 
 def check_optimizer(config: Any) -> dict[str, Any]:

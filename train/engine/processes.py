@@ -7,6 +7,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Final, Literal
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from train.engine import rendezvous
 
-AUTO = "auto"
+AUTO: Final = "auto"
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -53,29 +54,11 @@ def joined() -> Iterator[None]:
     Raises:
         ValueError: flags that do not go together, or a process that does not come.
     """
-    global _peers
-    coordinator, count, this = _checked()
-    if coordinator == AUTO:
-        try:
-            jax.distributed.initialize(initialization_timeout=_TIMEOUT.value)
-        except ValueError as error:
-            raise ValueError(
-                f"JAX detects no cluster here ({error}); give --coordinator=HOST:PORT,"
-                " --num_processes and --process_id."
-            ) from error
-    elif coordinator is not None:
-        bind = _BIND.value and rendezvous.parse(_BIND.value, "--coordinator_bind")
-        _peers = rendezvous.Peers(this, count, _TIMEOUT.value)
-        _peers.gather(*rendezvous.parse(coordinator), bind)
-        jax.distributed.initialize(
-            coordinator,
-            count,
-            this,
-            initialization_timeout=_TIMEOUT.value,
-            coordinator_bind_address=_BIND.value,
-        )
-        atexit.register(_peers.abandon)  # before JAX's own, which waits for all
-        jax.devices()  # JAX gives these two minutes, so they come while all are here
+    given = _checked()
+    if given == AUTO:
+        _find()
+    elif given is not None:
+        _gather(*given)
     try:
         yield
     except Stopped:
@@ -88,13 +71,44 @@ def joined() -> Iterator[None]:
     _leave()
 
 
+def _find() -> None:
+    """Meets the processes that JAX detects."""
+    try:
+        jax.distributed.initialize(initialization_timeout=_TIMEOUT.value)
+    except ValueError as error:
+        raise ValueError(
+            f"JAX detects no cluster here ({error}); give --coordinator=HOST:PORT,"
+            " --num_processes and --process_id."
+        ) from error
+
+
+def _gather(coordinator: str, count: int, this: int) -> None:
+    """Meets the processes that the flags name."""
+    global _peers
+    bind = None
+    if _BIND.value is not None:
+        bind = rendezvous.parse(_BIND.value, "--coordinator_bind")
+    _peers = rendezvous.Peers(this, count, _TIMEOUT.value)
+    _peers.gather(*rendezvous.parse(coordinator), bind)
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        this,
+        initialization_timeout=_TIMEOUT.value,
+        coordinator_bind_address=_BIND.value,
+    )
+    atexit.register(_peers.abandon)  # before JAX's own, which waits for all
+    jax.devices()  # JAX gives these two minutes, so they come while all are here
+
+
 def _leave() -> None:
     if _peers is not None:
         _peers.leave()
 
 
-def _checked() -> tuple[str | None, int | None, int | None]:
-    """Returns the flags' coordinator, number of processes and number of this one.
+def _checked() -> tuple[str, int, int] | Literal["auto"] | None:
+    """Returns the flags' coordinator, number of processes and number of this one; or
+    `AUTO`; or None, where there are none.
 
     Raises:
         ValueError: they do not go together.
@@ -111,11 +125,11 @@ def _checked() -> tuple[str | None, int | None, int | None]:
     if coordinator == AUTO:
         if (count, this, _BIND.value) != (None, None, None):
             raise ValueError(together)
-        return given
+        return AUTO
     if coordinator is not None:
         _, port = rendezvous.parse(coordinator)
     if given == (None, None, None) and _BIND.value is None:
-        return given
+        return None
     if coordinator is None or count is None or this is None:
         raise ValueError(together)
     if count < 1:
@@ -131,7 +145,7 @@ def _checked() -> tuple[str | None, int | None, int | None]:
                 f"--coordinator_bind has port {bound}, --coordinator {port}; give both"
                 " the same."
             )
-    return given
+    return coordinator, count, this
 
 
 def meet() -> None:

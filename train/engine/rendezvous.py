@@ -245,11 +245,10 @@ class Peers:
                 message = _receive(connection)
             except (OSError, ValueError):
                 message = {}
-            if "at" in message or "go" in message:
+            place = message.get("at", message.get("go"))
+            if place is not None:
                 with self._changed:
-                    self._arrived.setdefault(
-                        message.get("at", message.get("go")), set()
-                    ).add(i)
+                    self._arrived.setdefault(place, set()).add(i)
                     self._changed.notify_all()
             elif "say" in message:
                 _say(message["say"])

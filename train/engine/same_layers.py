@@ -122,7 +122,9 @@ def _suggested(checkpoint: Checkpoint, config: Any) -> str:
 
 def _initial(module: nn.Module, x: np.ndarray) -> dict[Path, jax.Array]:
     key = jax.random.key(0)
-    return traverse_util.flatten_dict(module.init({"params": key, RNG: key}, x))
+    variables: Any = module.init({"params": key, RNG: key}, x)
+    flat: Any = traverse_util.flatten_dict(variables)
+    return flat
 
 
 def _apply(module: nn.Module, flat: dict[Path, Any], x: np.ndarray) -> Any:

@@ -18,6 +18,7 @@ from kalman_flax import SEGMENTERS
 from kalman_flax._filter.state import check_choice
 from train.data.batches import (
     Crops,
+    Split,
     Standardize,
     draw_crops,
     make_batches,
@@ -26,12 +27,12 @@ from train.data.batches import (
 from train.data.fingerprint import check_same, fingerprint
 from train.data.pairs import Pairs, check_pairs
 from train.data.segment_sets import DATASETS, SegmentData, load_segments
-from train.data.segments import Segments, augment_both, one_of_each
+from train.data.segments import augment_both, one_of_each
 from train.engine.classification import infer, make_network
 from train.engine.score import Totals
 from train.engine.step import TrainState, apply_replicas
 
-Source = Segments | Pairs
+Source = Split[np.ndarray] | Pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Segmentation:
     network: nn.Module
     standardize: Standardize
 
-    shown: ClassVar = {"loss": ".3f", "accuracy": ".1%"}
-    headline: ClassVar = "moving_miou"
-    validation: ClassVar = None
+    shown: ClassVar[Mapping[str, str]] = {"loss": ".3f", "accuracy": ".1%"}
+    headline: ClassVar[str] = "moving_miou"
+    validation = None
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -82,7 +83,7 @@ class Segmentation:
             (config.train_examples, config.test_examples),
             config.max_pixels,
         )
-        images = data.train.images if isinstance(data.train, Segments) else None
+        images = data.train.images if isinstance(data.train, Split) else None
         standardize = make_standardize(config.standardize, images)
         network = make_network(config, data.num_classes, SEGMENTERS)
         return cls(config, mesh, data, network, standardize)
@@ -98,13 +99,9 @@ class Segmentation:
         return self.data.test
 
     @property
-    def splits(self) -> dict[str, Source]:
-        """What there is to evaluate on, by name; see `Classification.splits`."""
-        return {
-            "train": self.train,
-            "test": self.test,
-            self.data.test_name: self.test,
-        }
+    def test_name(self) -> str:
+        """What the data set calls them."""
+        return self.data.test_name
 
     def check_data(
         self, kept: Mapping[str, Any] | None, files: bool = False
@@ -142,7 +139,7 @@ class Segmentation:
         self,
         network: nn.Module,
         variables: dict[str, Any],
-        batch: Segments,
+        batch: Split[jax.Array],
         draws: Crops,
         keys: jax.Array,
         mutable: Sequence[str] = ("batch_stats",),
@@ -205,7 +202,10 @@ class Segmentation:
     @functools.cached_property
     def _totals(self) -> Totals:
         def sums(
-            state: TrainState, batch: Segments, counts: jax.Array, keys: jax.Array
+            state: TrainState,
+            batch: Split[jax.Array],
+            counts: jax.Array,
+            keys: jax.Array,
         ) -> dict[str, Any]:
             images = self.standardize(batch.images)
             own, _ = apply_replicas(self.network, state.variables, images, keys)

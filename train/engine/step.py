@@ -7,11 +7,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
@@ -25,7 +25,7 @@ MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 Metrics = dict[str, jax.Array]
 
 
-class TrainState(flax.struct.PyTreeNode):
+class TrainState(struct.PyTreeNode):
     """All that training changes.
 
     Attributes:

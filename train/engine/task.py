@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-Tree = TypeVar("Tree")
 Kind = TypeVar("Kind")
 
 
@@ -41,21 +40,40 @@ class Task(Protocol):
 
     ``TASKS`` of `train.engine.experiment`, or of a plugin, has the class by name.
 
+    What stands here as a property may be an attribute.
+
     Attributes:
-        network: called with the inputs and `use_running_average`.
-        train: what to train on.
-        test: what to test on while training, and at the end.
-        validation: what to score at the end, too, to choose settings by; or None.
         shown: of the sums of `loss`, those in the progress bar, and their formats.
         headline: which of the numbers of `evaluate` a table is to show first.
     """
 
-    network: nn.Module
-    train: Source
-    test: Source
-    validation: Source | None
-    shown: Mapping[str, str]
-    headline: str
+    shown: ClassVar[Mapping[str, str]]
+    headline: ClassVar[str]
+
+    @property
+    def network(self) -> Any:
+        """The module, called with the inputs and `use_running_average`."""
+        ...
+
+    @property
+    def train(self) -> Source:
+        """What to train on."""
+        ...
+
+    @property
+    def test(self) -> Source:
+        """What to test on while training, and at the end."""
+        ...
+
+    @property
+    def validation(self) -> Source | None:
+        """What to score at the end, too, to choose settings by; or None."""
+        ...
+
+    @property
+    def test_name(self) -> str:
+        """What the data itself calls what `test` is, say ``"val"``."""
+        ...
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -127,9 +145,19 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, state: Any, source: Source) -> dict[str, float]:
-        """Returns what a `train.engine.step.TrainState` comes to on `source`."""
+    def evaluate(self, state: Any, source: Any) -> dict[str, float]:
+        """Returns what a `train.engine.step.TrainState` comes to on `source`, a
+        `Source` of the kind that `train` and `test` are."""
         ...
+
+
+def splits(task: Task) -> dict[str, Any]:
+    """Returns what there is to evaluate on, by name; the test examples under the data's
+    own name for them as well."""
+    found = {"train": task.train, "test": task.test, task.test_name: task.test}
+    if task.validation is not None:
+        found["validation"] = task.validation
+    return found
 
 
 def of_kind(task: Any, kind: type[Kind]) -> Kind:

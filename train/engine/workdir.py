@@ -20,12 +20,12 @@ from typing import Any
 
 import filelock
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
 
 from configs import base
+from train.data.digest import octets
 from train.engine import processes
 from train.engine.files import (
     damaged,
@@ -234,7 +234,7 @@ def _checksum(state: Any) -> int:
     """CRC-32 of all leaves; Orbax itself would read a flipped bit as it is."""
     total = 0
     for leaf in jax.tree.leaves(jax.device_get(state)):
-        total = zlib.crc32(np.ascontiguousarray(leaf), total)
+        total = zlib.crc32(octets(leaf), total)
     return total
 
 

@@ -53,16 +53,16 @@ def reproduce(name: str, request: Request) -> None:
             found = found._replace(values=values, **runs.described())
         results.append(found)
     print(result.table(results))
-    result.write(request.workdir, name, results, scale=request.scale)
-    path = request.workdir / f"{name}_layers.csv"
+    result.write(request.folder, name, results, scale=request.scale)
+    path = request.folder / f"{name}_layers.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("row", "run", "layer", "gap"))
         for label, runs in gaps.items():
             for number, each in enumerate(runs):
                 writer.writerows((label, number, *item) for item in each.items())
-    _plot(request.workdir / f"{name}.png", gaps, maps)
-    print(f"written: {request.workdir}/{name}.csv, {name}_layers.csv, .json, .png")
+    _plot(request.folder / f"{name}.png", gaps, maps)
+    print(f"written: {request.folder}/{name}.csv, {name}_layers.csv, .json, .png")
 
 
 def _measure(

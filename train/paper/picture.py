@@ -37,13 +37,15 @@ def plot(
     for each in run:
         panels.setdefault((" - " in each.row, each.unit), []).append(each)
     reductions = list(dict.fromkeys(each.reduced for each in run if each.reduced))
-    drawn = bool(curve and any(_alive(each) for each in series.values()))
+    if not any(_alive(each) for each in series.values()):
+        curve = None
+    drawn = curve is not None
     count = drawn + len(panels)
     rows = max(map(len, panels.values()), default=1)
     size = 6.5 * count, max(3.6, 0.3 * rows + 1.4) + 0.35 * len(reductions)
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, count, figsize=size, squeeze=False)
-        if drawn:
+        if curve is not None:
             _curves(axes[0, 0], series, curve)
         for axis, ((difference, unit), group) in zip(axes[0, drawn:], panels.items()):
             _beside(axis, group, reductions)

@@ -106,7 +106,9 @@ def table(results: list[Result], runs: str = "seeds") -> str:
         runs: what `values` are one for each of.
     """
     reductions = list(dict.fromkeys(r.reduced for r in results if r.reduced))
-    lines = [("", "", "paper", "ours", runs, "difference", "reduced")]
+    lines: list[tuple[str, ...]] = [
+        ("", "", "paper", "ours", runs, "difference", "reduced")
+    ]
     for result in results:
         reduced = result.reduced
         number = f"[{reductions.index(reduced) + 1}]" if reduced else "-"

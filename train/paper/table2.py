@@ -28,7 +28,7 @@ NORMALIZER_ROWS = (
     ("BN", "BN", "batch"),
     ("GN", "GN", "group"),
     ("KN, learned q and R", "KN", "kalman_paper"),
-    ("KN, our default", None, "kalman"),
+    ("KN, our default", "", "kalman"),
 )
 
 NOTE = (

@@ -81,8 +81,8 @@ class BorderlessConv(Conv):
 
     def __call__(self, x: Signal) -> Signal:
         """Convolves; the state moves through the sums of the kernel over its taps."""
-        y = super().__call__(x)
-        if y.state is None:
+        y = as_signal(super().__call__(x))
+        if x.state is None or y.state is None:
             return y
         kernel = self.used_kernel()
         # A VALID convolution of a map of the kernel's own size has no border.
@@ -97,7 +97,7 @@ class ForgetfulConv(Conv):
 
     def __call__(self, x: Signal) -> Signal:
         """Convolves; at the end of a branch the state ends."""
-        y = super().__call__(x)
+        y = as_signal(super().__call__(x))
         return y.replace(state=None) if self.name == "conv2" else y
 
 

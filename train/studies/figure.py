@@ -6,7 +6,7 @@ A line or a dot is a mean over seeds, a bar or a band one sample standard deviat
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
     name: str
     ours: bool
-    values: dict[int, Sequence[float]]
+    values: Mapping[int, Sequence[float]]
     flat: bool = False
 
     def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,13 @@ says what to `show`:
   between;
 - ``both``: the entries of `flax` and of the row;
 - ``text``: `text`, with the row's entries where it has ``{COLUMN}``.
+
+What was measured more than once has several studies in its row: ``studies = {quiet =
+..., busy = ...}``. The column says which it takes, ``study = ["busy", "quiet"]``: the
+first of these that the row has. Where it has none, the cell is a dash.
+
+Numbers have `digits` after the point, or as many as make `significant` digits in all,
+at least.
 """
 
 from __future__ import annotations
@@ -50,8 +57,16 @@ def render(table: dict[str, Any], measured: pd.DataFrame) -> str:
 
 def _cell(measured: pd.DataFrame, which: dict[str, Any], column: dict[str, Any]) -> str:
     which = which | column.get("which", {})
-    name, shown = column.get("column"), column["show"]
-    form = f"{{:,.{column.get('digits', 2)}f}}"
+    studies = which.pop("studies", {})
+    if "study" in column:
+        there = [studies[name] for name in column["study"] if name in studies]
+        if not there:
+            return "-"
+        which["study"] = there[0]
+    name, shown = column.get("column", ""), column["show"]
+
+    def text(value: float) -> str:
+        return show(value, f"{{:,.{_digits(value, column)}f}}")
 
     def number(row: pd.Series) -> float:
         over = row[column["over"]] if "over" in column else 1
@@ -59,22 +74,27 @@ def _cell(measured: pd.DataFrame, which: dict[str, Any], column: dict[str, Any])
 
     row = _only(measured, which)
     if shown == "text":
-        return re.sub(r"{(\w+)}", lambda m: show(row[m[1]], form), column["text"])
+        return re.sub(r"{(\w+)}", lambda m: text(row[m[1]]), column["text"])
     if shown == "number":
-        return show(number(row), form) + column.get("unit", "")
+        return text(number(row)) + column.get("unit", "")
     if shown == "quartiles":
-        middle, low, high = (
-            show(row[name + end], form) for end in ("", "_low", "_high")
-        )
+        middle, low, high = (text(row[name + end]) for end in ("", "_low", "_high"))
         return f"{middle} ({low} to {high})"
     flax = _only(measured, which | BASELINE)
     if shown == "both":
-        return f"{show(number(flax), form)}, {show(number(row), form)}"
+        return f"{text(number(flax))}, {text(number(row))}"
     if shown == "ratio":
-        return show(number(row) / number(flax), form)
+        return text(number(row) / number(flax))
     raise ValueError(
         f"a column shows {shown!r}, which is none of those that there are."
     )
+
+
+def _digits(value: float, column: dict[str, Any]) -> int:
+    """Of a number, those after the point."""
+    if "significant" not in column:
+        return column.get("digits", 2)
+    return max(0, column["significant"] - len(str(int(abs(value)))))
 
 
 def _only(measured: pd.DataFrame, which: dict[str, Any]) -> pd.Series:

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.train.data.pictures import PNG, put
 from tests.train.tfds_data import prepare
 from train.data.batches import Split, make_standardize
+from train.data.digest import octets
 from train.data.fingerprint import check_same, compare, fingerprint
 from train.data.sets import Dataset, load_dataset
 
@@ -25,6 +27,21 @@ def of_memory(images, labels, classes=("a", "b"), kind="channel", **more):
     split = Split(images, labels)
     data = Dataset(split, split, len(classes), classes, **more)
     return fingerprint("ours", data, make_standardize(kind, images))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3).T,
+        np.float32(3),
+        np.zeros((0, 2)),
+        np.array([True, False]),
+        np.array([1, 2], jnp.bfloat16),
+    ],
+    ids=["columns", "scalar", "empty", "bool", "bfloat16"],
+)
+def test_the_bytes_of_an_array(array):
+    assert bytes(octets(array)) == array.tobytes()
 
 
 def test_the_place_of_the_data_does_not_matter(root, tmp_path_factory):

@@ -14,9 +14,9 @@ from tests.train.commands.test_commands import run
 from tests.train.common import tiny_config
 from train.analysis import programs, segments
 from train.analysis.inference_statistics import recompute
-from train.data.batches import Crops, Standardize
+from train.data.batches import Crops, Split, Standardize
 from train.data.segment_sets import SegmentData
-from train.data.segments import IGNORE, Segments, augment_both
+from train.data.segments import IGNORE, augment_both
 from train.engine import loop, trained_on
 from train.engine.classification import Classification
 from train.engine.experiment import build
@@ -56,7 +56,7 @@ def told(examples=5):
     images = random.integers(256, size=(examples, 4, 3, 3)).astype(np.uint8)
     labels = random.choice([0, 1, IGNORE], (examples, 4, 3)).astype(np.uint8)
     labels[0] = IGNORE
-    split = Segments(images, labels)
+    split = Split(images, labels)
     config = tiny_config(batch_size=2, micro_batch_size=1, eval_batch_size=2)
     data = SegmentData(split, split, CLASSES)
     mesh = make_mesh(2, jax.devices()[:1])
@@ -116,7 +116,7 @@ def test_images_and_labels_move_together():
     labels[0, 0, 0] = IGNORE
     images = np.repeat(labels[..., None], 3, -1)
     crops = Crops(jnp.array([[0, 3], [2, 1]]), jnp.array([[[[True]]], [[[False]]]]))
-    found = augment_both(Segments(images, labels), crops, 2)
+    found = augment_both(Split(images, labels), crops, 2)
     for example, (top, left) in enumerate([(0, 3), (2, 1)]):
         wide = np.pad(labels[example], 2, constant_values=IGNORE)
         expected = wide[top : top + 5, left : left + 4]

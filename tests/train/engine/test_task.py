@@ -1,9 +1,12 @@
 """A task of one's own stands beside classification, and the engine need not know."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
+from tests.train.command import run
 from tests.train.common import REAL, build, tiny_config
 from train.engine import loop, metrics, plugins
 from train.engine import workdir as wd
@@ -23,6 +26,13 @@ def test_a_second_task_trains_tests_and_resumes(tmp_path):
     assert tests[0]["test_error"] > 2 * summary["test_error"]
     params = wd.last_checkpoint(tmp_path, build(config).state).params
     assert (np.array(params["Dense_0"]["kernel"]) > 0).all()  # all pixels count
+    out = run("train.evaluate", f"--workdir={tmp_path}", "--split=held_out",
+              "--precise_batches=2")  # fmt: skip
+    assert re.search(
+        r"step 160, 5 held_out images\nmoving statistics:\n  +([\d.]+)  error\n"
+        r"precise statistics of 2 training batches:\n  +[\d.]+  error\n$",
+        out,
+    )[1] == format(summary["test_error"], ".4f")
 
 
 def test_commands_for_images_say_so():

@@ -47,6 +47,7 @@ class MeanPixel:
     network = Net()
     train, test = Pixels(0, 64), Pixels(1, 5)
     validation = None
+    test_name = "held_out"
     shown: ClassVar = {"loss": ".2g", "error": ".2g"}
     headline = "error"
 
