@@ -19,10 +19,13 @@ from typing import Any
 import pandas as pd
 
 from configs import experiments
+from train.engine.average_precision import NUMBERS
 from train.engine.files import read_json
 from train.studies.report import has_result
 
 RUNS, COMMANDS = "runs.csv", "commands.csv"
+#: of COCO's twelve numbers all but AP and AP50, which are not kept
+_LEFT_OUT = tuple(f"_{name}" for name in NUMBERS if name not in ("AP", "AP50"))
 _MEND = "run its command again, which writes it anew"
 #: what a run was; two rows that agree in all of these are the same run
 RUN_KEYS = (
@@ -130,7 +133,9 @@ def _row(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     scalars = {
         key: value
         for key, value in summary.items()
-        if not isinstance(value, dict | list) and key != "command"
+        if not isinstance(value, dict | list)
+        and key != "command"
+        and not key.endswith(_LEFT_OUT)
     }
     text = json.dumps(changed, separators=(",", ":"), sort_keys=True)
     diverged = not has_result(summary)

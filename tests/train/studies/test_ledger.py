@@ -88,12 +88,15 @@ def test_a_single_run_is_added_with_the_metrics_of_its_task(folder):
     config = cifar10_tiny.get_config().to_dict() | {"clip_norm": 1.0, "seed": 3}
     (workdir / "config.json").write_text(json.dumps(config))
     found = run("", 3, 0.5) | {"headline": "test_moving_miou", "test_moving_miou": 0.25}
+    found |= {"test_moving_box_AP50": 0.75, "test_moving_box_AP_small": 0.5}
     del found["config"], found["variant"]
     (workdir / "summary.json").write_text(json.dumps(PROVENANCE | found))
     assert ledger.add(folder, workdir, "mine") == 1
     (row,) = rows(folder)
     assert row["variant"] == "kalman" and row["test_moving_miou"] == "0.25"
     assert row["config"] == '{"clip_norm":1.0}' and row["seed"] == "3"
+    assert row["test_moving_box_AP50"] == "0.75"
+    assert "test_moving_box_AP_small" not in row  # of COCO's numbers AP and AP50
 
 
 def test_other_directories_are_refused(folder):
