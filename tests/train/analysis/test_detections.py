@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from tests.train.command import run as command
-from tests.train.common import tiny_config
+from tests.train.common import REAL, tiny_config
 from tests.train.data.pictures import encoded, put
 from tests.train.engine.test_detection import coco_config, detection_config
 from train.analysis.coco_table import by_option, coco_table
@@ -94,7 +94,7 @@ def test_the_commands(run, tmp_path):
         {"file": "network_64x64.stablehlo", "canvas": [64, 64]}
     ]
     (tmp_path / "other").mkdir()
-    wd.claim(tmp_path / "other", tiny_config())
+    wd.claim(tmp_path / "other", tiny_config(**REAL))
     other = f"--workdir={tmp_path}/other"
     out = command("train.detect", other, f"--images={root}/images", status=1)
     assert out.endswith("'classification', not detection.\n")

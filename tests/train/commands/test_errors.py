@@ -27,7 +27,9 @@ def ended(main, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     monkeypatch.setattr(cli, "keep_compiled", lambda: None)
     monkeypatch.setattr(cli, "_PATIENCE", 0.0)
-    monkeypatch.setattr(os, "_exit", sys.exit)  # other tests may have left threads
+    # Other tests may have left threads, and imported commands that require flags.
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(flags.FlagValues, "validate_all_flags", lambda _: None)
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     return end.value.code

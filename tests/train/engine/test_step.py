@@ -168,8 +168,8 @@ def losses_of(config, steps):
 
 
 def test_monte_carlo_transition_trains_and_evaluates():
-    config = tiny_config(norm="kalman_mc")
-    losses = losses_of(config, steps=50)
+    config = tiny_config(norm="kalman_mc", width=16)
+    losses = losses_of(config, steps=20)
     assert losses[-1] < 0.5 * losses[0]
     experiment = build(config)
     result = experiment.task.evaluate(experiment.state, experiment.task.test)
