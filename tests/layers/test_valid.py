@@ -83,7 +83,7 @@ def test_a_network_on_a_canvas(norm, monkeypatch):
     monkeypatch.setattr(convolution, "_over_positions", no_border)
     x, net = image(), Net(norm)
     padded, valid = on_canvas(x)
-    variables = net.init(jax.random.key(0), Signal(x, STATE))
+    variables = jax.jit(net.init)(jax.random.key(0), Signal(x, STATE))
     weights = np.random.default_rng(1).normal(size=(*x.shape[:3], 2))
 
     @jax.jit

@@ -119,7 +119,7 @@ def learn(net, params, stats, inputs=INPUTS, targets=TARGETS, key=KEY):
 
 
 def test_checkpoints_of_the_classifier_fit():
-    variables = initialised("batch")
+    variables = jax.eval_shape(lambda: build("batch").init(KEY, INPUTS, True))
     classifier = kf.models.BottleneckResNet(
         10, **SMALL, **kf.normalization("batch")._asdict()
     )
