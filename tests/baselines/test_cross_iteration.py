@@ -17,6 +17,7 @@ from kalman_flax.baselines.cross_iteration import (
     CrossIterationConv,
 )
 from tests.reference.slow import few_quick
+from tests.train.tiny import OneStage
 
 KEY = jax.random.key(0)
 EPSILON, MOMENTUM = 1e-5, 0.9
@@ -320,8 +321,8 @@ def test_variance_at_a_large_offset():
     np.testing.assert_allclose(np.std(y.value, axis=(0, 1, 2)), 1.0, rtol=1e-2)
 
 
-def network(**options):
-    return kf.models.ResNet(
+def network(kind=kf.models.ResNet, **options):
+    return kind(
         3,
         width=4,
         norm=functools.partial(CrossIterationBatchNorm, momentum=MOMENTUM),
@@ -331,7 +332,7 @@ def network(**options):
 
 
 def test_network_of_replicas_trains():
-    net = network(blocks_per_stage=1, dtype=jnp.bfloat16)
+    net = network(OneStage, blocks_per_stage=1, dtype=jnp.bfloat16)
     images = jax.random.normal(KEY, (2, 2, 8, 8, 3))
     labels = jax.nn.one_hot(jnp.array([[0, 1], [2, 0]]), 3)
     variables = jax.jit(lambda: net.init(KEY, images[0], True))()
