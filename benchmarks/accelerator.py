@@ -5,6 +5,9 @@
 
     pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
     python -m benchmarks.accelerator --target=gpu --workdir=runs/gpu
+    python -m benchmarks.accelerator --target=gpu --workdir=runs/gpu_c4 \\
+        --network=mask_rcnn_c4 --size=800 --batch_size=1 --micro_batch_sizes=1 \\
+        --variants=flax,frozen_batch,group,kalman
 
 (libtpu in the version that `pip show jax` asks for, the plugins in that of jax.) XLA
 compiles the trainer's own step for one core of a TPU v5e, or for an H100. That says how
@@ -40,9 +43,16 @@ from train.engine.step import make_update
 TARGETS = ("tpu", "gpu")
 _TARGET = flags.DEFINE_enum("target", "tpu", TARGETS, "What to compile for.")
 _VARIANTS = flags.DEFINE_list("variants", "flax,kalman", f"Of {', '.join(VARIANTS)}.")
-_NETWORK = flags.DEFINE_string("network", "cifar_resnet", "Of kalman_flax.NETWORKS.")
+_NETWORK = flags.DEFINE_string(
+    "network", "cifar_resnet", "Of kalman_flax.NETWORKS or kalman_flax.DETECTORS."
+)
 _BLOCKS = flags.DEFINE_integer("blocks", 3, "n of cifar_resnet, of 6n + 2 layers.")
-_SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images.")
+_SIZE = flags.DEFINE_integer(
+    "size",
+    32,
+    "Height and width of the images. Of a detector's the height; the width is 5/3 of"
+    " it.",
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors of it.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from configs.experiments import cifar10_short
+from configs.experiments import cifar10_short, coco_c4
+from kalman_flax import DETECTORS
 from train.engine.classification import infer
 from train.engine.settings import check
 from train.engine.step import TrainState
@@ -23,6 +24,8 @@ VARIANTS = {
     "kalman": {"norm": "kalman"},
     "kalman_wc": {"norm": "kalman_wc"},
     "kalman_mc": {"norm": "kalman_mc"},
+    # Of what checkpoint does not matter here, and none is read.
+    "frozen_batch": {"norm": "frozen_batch", "init_from": "a checkpoint"},
 }
 #: the blocks of a stage as one `nn.scan`
 VARIANTS["kalman_scan"] = {"norm": "kalman", "scan_blocks": True}
@@ -33,10 +36,11 @@ VARIANTS |= {
 
 
 def configure(variant: str, **keys: Any) -> ConfigDict:
-    """Returns the config of one program."""
+    """Returns the config of one program, of a classifier or a detector."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known are {list(VARIANTS)}.")
-    config = cifar10_short.get_config()
+    base = coco_c4 if keys.get("network") in DETECTORS else cifar10_short
+    config = base.get_config()
     config.update(keys)
     config.update(VARIANTS[variant])
     check(config)

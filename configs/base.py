@@ -112,7 +112,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "network": Key(
             "cifar_resnet",
             "a name in kalman_flax.NETWORKS; to segment, in kalman_flax.SEGMENTERS; to"
-            " detect, mask_rcnn_c4, mask_rcnn_fpn, or for scenes mask_rcnn_small",
+            " detect, in kalman_flax.DETECTORS",
         ),
         "network_options": Key(
             ConfigDict(),

@@ -52,6 +52,7 @@ from kalman_flax.layers.remat import remat as remat
 from kalman_flax.layers.signal import Signal as Signal
 from kalman_flax.pretrained import load_pretrained as load_pretrained
 from kalman_flax.pretrained import read_pretrained as read_pretrained
+from kalman_flax.registry import DETECTORS as DETECTORS
 from kalman_flax.registry import NETWORKS as NETWORKS
 from kalman_flax.registry import NORMALIZERS as NORMALIZERS
 from kalman_flax.registry import SEGMENTERS as SEGMENTERS

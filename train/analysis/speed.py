@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import time
@@ -11,32 +12,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train.data.batches import Split, Standardize
+from train.data.coco import MASK_SIZE
+from train.data.objects import Canvases, Categories, ObjectData, Objects
 from train.data.sets import Dataset
 from train.engine.classification import Classification, make_network
+from train.engine.detection import Detection, scales
+from train.engine.detector import make_detector
 from train.engine.mesh import make_key, make_mesh, take
 from train.engine.optimizer import make_optimizer
 from train.engine.step import TrainState, create_state, jit_update, make_update
+from train.engine.task import Task
+
+#: maps pixels to -1 to 1
+_MIDDLE = Standardize(np.array([128.0], np.float32), np.array([128.0], np.float32))
 
 
 def prepare(
-    config: ConfigDict, size: int, num_classes: int = 10
-) -> tuple[Classification, Any, TrainState, Split[jax.Array]]:
-    """Returns task, train step, state and a batch of random images of that size."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
-    labels = random.integers(0, num_classes, config.batch_size, np.int32)
-    split = Split(images, labels)
-    middle = np.array([128.0], np.float32)
+    config: ConfigDict, size: int, num_classes: int | None = None
+) -> tuple[Task, Any, TrainState, Any]:
+    """Returns task, train step, state and a batch of random images.
+
+    Args:
+        config: of a classifier or a detector.
+        size: height and width of the images; of a detector's, the shorter side, and
+            the longer one is 5/3 of it.
+        num_classes: of the images, or of the objects (default: 10 as in CIFAR-10, or
+            80 as in COCO).
+    """
     mesh = make_mesh(config.batch_size // config.micro_batch_size)
-    task = Classification(
-        config,
-        mesh,
-        Dataset(split, split, num_classes),
-        make_network(config, num_classes),
-        Standardize(middle, middle),
+    task, examples = (
+        _detection(config, mesh, size, num_classes or 80)
+        if config.task == "detection"
+        else _classification(config, mesh, size, num_classes or 10)
     )
     optimizer = functools.partial(make_optimizer, config)
     key = make_key(mesh, 0)
@@ -44,7 +55,45 @@ def prepare(
     step = jit_update(
         at_constant_rate(config, make_update(task, optimizer, config, mesh), key)
     )
-    return task, step, state, take(mesh, split, np.arange(config.batch_size))
+    return task, step, state, take(mesh, examples, np.arange(config.batch_size))
+
+
+def _classification(
+    config: ConfigDict, mesh: Mesh, size: int, num_classes: int
+) -> tuple[Classification, Split[np.ndarray]]:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
+    labels = random.integers(0, num_classes, config.batch_size, np.int32)
+    split = Split(images, labels)
+    dataset = Dataset(split, split, num_classes)
+    network = make_network(config, num_classes)
+    return Classification(config, mesh, dataset, network, _MIDDLE), split
+
+
+def _detection(
+    config: ConfigDict, mesh: Mesh, size: int, num_classes: int, slots: int = 20
+) -> tuple[Detection, Objects[np.ndarray]]:
+    """Images as large as they come, so many objects on each."""
+    config = copy.deepcopy(config)
+    config.short_side, config.long_side = size, size * 5 // 3
+    random, count = np.random.default_rng(0), config.batch_size
+    shape = scales(config)[0].canvas(1, 2)
+    canvases = Canvases(
+        random.integers(0, 256, (count, *shape, 3), np.uint8),
+        np.tile(np.int32([size, config.long_side]), (count, 1)),
+    )
+    objects = Objects.on(canvases, slots, MASK_SIZE)
+    corner = random.uniform(0, size / 2, (count, slots, 2))
+    sides = random.uniform(size / 20, size / 2, (count, slots, 2))
+    objects.boxes[:] = np.concatenate([corner, corner + sides], -1)
+    objects.labels[:] = random.integers(1, num_classes + 1, (count, slots))
+    objects.masks[:] = 255
+    categories = Categories(
+        tuple(range(num_classes)), tuple(map(str, range(num_classes)))
+    )
+    network = make_detector(config, num_classes)
+    data = ObjectData(None, None, categories)
+    return Detection(config, mesh, categories, network, _MIDDLE, data), objects
 
 
 def at_constant_rate(config: ConfigDict, update: Callable, key: jax.Array) -> Callable:
