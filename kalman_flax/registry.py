@@ -163,6 +163,16 @@ DETECTORS: dict[str, Callable[..., MaskRCNN]] = {
         width=16,
         stem_pool=False,
     ),
+    "mask_rcnn_small_fpn": functools.partial(  # the same
+        MaskRCNNFPN,
+        recipe=Recipe.small_fpn(),
+        stage_sizes=(2, 2, 2, 1),
+        width=16,
+        stem_pool=False,
+        pyramid_channels=32,
+        hidden=64,
+        canonical_size=64,
+    ),
 }
 
 #: Ends of names, and the kernels that they stand for.

@@ -1,5 +1,7 @@
 """What the benchmarks read from programs, and what the filter may cost."""
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks.hlo import (
@@ -94,6 +96,21 @@ def test_inference_is_the_program_of_batch_norm(dtype):
 
     assert inference("kalman") == inference("flax")
     assert inference("kalman") != inference("group")
+
+
+def test_a_detector_is_measured_on_random_objects():
+    config = configure(
+        "frozen_batch", network="mask_rcnn_small", batch_size=2, micro_batch_size=1
+    )
+    _, step, state, batch = prepare(config, size=60)
+    assert batch.image.shape == (2, 64, 128, 3)  # 60 x 100, on multiples of 32
+    assert np.array_equal(batch.size, [[60, 100]] * 2)
+    x1, y1, x2, y2 = np.moveaxis(batch.boxes, -1, 0)
+    assert np.all((0 <= x1) & (x1 < x2) & (x2 <= 100))
+    assert np.all((0 <= y1) & (y1 < y2) & (y2 <= 60))
+    assert set(np.unique(batch.labels)) <= set(range(1, 81))
+    _, metrics = jax.eval_shape(step, state, batch)
+    assert {"loss", "mask", "rpn_box"} <= metrics.keys()
 
 
 def test_the_trainers_throughput_is_between_tests():

@@ -76,7 +76,8 @@ def main() -> None:
     headline = task.headline.removeprefix("moving_")
     shown = "test numbers unknown: the run has not ended"
     if found:
-        shown = f"test {headline.replace('_', ' ')} {found[headline]:.4f}"
+        number = format(found[headline], ".2%" if headline == "accuracy" else ".4f")
+        shown = f"test {headline.replace('_', ' ')} {number}"
     print(f"step {metadata['step']}, {shown}")
     if not plain:
         print(

@@ -9,6 +9,9 @@ runs/half_group_ws. Then, on classes 5 to 9:
 
 Every rate is run. Choose the rate of each variant by the column "validation", on 2,000
 training images that no update sees, and report the test accuracy at that rate.
+
+"alone" is one image an update, and as many images in all. There the rate of the name is
+scaled with the batch, and running statistics are averaged over as many images.
 """
 
 from typing import Any
@@ -26,8 +29,14 @@ RUNS = {
 }
 #: the loader starts what this keeps from the checkpoint's statistics
 SEEDED = {"calibrate": "both"}
-#: updates of the study's schedule
-STEPS = 160
+#: updates of the study's schedule, and images in each
+STEPS, BATCH_SIZE = 160, 32
+ALONE = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "total_steps": STEPS * BATCH_SIZE,
+    "stats_momentum": 0.9 ** (1 / BATCH_SIZE),
+}
 
 
 def get_config() -> ConfigDict:
@@ -38,14 +47,15 @@ def get_config() -> ConfigDict:
     config.plugins = ("train.studies.controls",)
     config.train_examples = 5_120
     config.validation_examples = 2_000
-    config.batch_size = 32
+    config.batch_size = BATCH_SIZE
     config.micro_batch_size = 2
     config.epochs = 0
     config.total_steps = STEPS
     config.variants = tuple(
-        (f"{name} rate {rate}", keys | {"learning_rate": rate})
+        (f"{name} rate {rate}", keys | {"learning_rate": rate * images / BATCH_SIZE})
         for rate in RATES
         for name, keys in _entries()
+        for images in [keys.get("batch_size", BATCH_SIZE)]
     )
     return config
 
@@ -67,5 +77,11 @@ def _entries() -> list[tuple[str, dict[str, Any]]]:
                 "norm": "control_constant_correction",
                 "norm_options": SEEDED | {"gain": 0.0},
             },
+        ),
+        ("frozen alone", {"norm": "frozen_batch"} | ALONE),
+        ("batch alone", {"norm": "batch"} | ALONE),
+        (
+            "kalman seeded alone",
+            {"norm": "kalman", "norm_options": SEEDED} | ALONE,
         ),
     ]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from kalman_flax._filter.state import check_choice
 from kalman_flax.layers.linear import RNG
@@ -225,7 +226,16 @@ class Detection:
         masks. See `train.engine.average_precision`.
         """
         found: dict[str, list[dict[str, Any]]] = {}
-        for example, options in self.detect(state, source):
+        looking = tqdm(
+            self.detect(state, source),
+            "looking for objects",
+            source.examples,
+            unit="img",
+            leave=False,
+            delay=1.0,
+            disable=not processes.primary(),
+        )
+        for example, options in looking:
             for option, detections in options.items():
                 found.setdefault(option, []).extend(
                     self.results(source, example, detections)

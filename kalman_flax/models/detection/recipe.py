@@ -144,3 +144,8 @@ class Recipe:
             detection_candidates=64,
             detections=16,
         )
+
+    @classmethod
+    def small_fpn(cls) -> Recipe:
+        """For `MaskRCNNFPN` on the same scenes, with maps at strides of 2 to 32."""
+        return dataclasses.replace(cls.small(), anchor_sizes=(10, 14, 20, 28, 40))
