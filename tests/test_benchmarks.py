@@ -106,8 +106,8 @@ def test_a_detector_is_measured_on_random_objects():
     assert batch.image.shape == (2, 64, 128, 3)  # 60 x 100, on multiples of 32
     assert np.array_equal(batch.size, [[60, 100]] * 2)
     x1, y1, x2, y2 = np.moveaxis(batch.boxes, -1, 0)
-    assert np.all((0 <= x1) & (x1 < x2) & (x2 <= 100))
-    assert np.all((0 <= y1) & (y1 < y2) & (y2 <= 60))
+    assert np.all((x1 >= 0) & (x1 < x2) & (x2 <= 100))
+    assert np.all((y1 >= 0) & (y1 < y2) & (y2 <= 60))
     assert set(np.unique(batch.labels)) <= set(range(1, 81))
     _, metrics = jax.eval_shape(step, state, batch)
     assert {"loss", "mask", "rpn_box"} <= metrics.keys()

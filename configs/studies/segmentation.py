@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs.experiments import scenes_segmentation
 from configs.studies.micro_batch_sizes import ramp
 
-RATES = (0.001, 0.003, 0.01)
+RATES = (0.003, 0.01, 0.03)
 #: normaliser and micro-batch size
 ENTRIES = (
     ("batch", 1),

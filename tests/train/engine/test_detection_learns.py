@@ -148,13 +148,15 @@ def optimised():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-def test_it_finds_the_digits_that_it_was_trained_on():
+@pytest.mark.parametrize("network", ["mask_rcnn_small", "mask_rcnn_small_fpn"])
+def test_it_finds_the_digits_that_it_was_trained_on(network):
     """By the moving statistics and by those of each image. One block a stage."""
     config = scenes_config(
+        network=network,
         network_options=dict(stage_sizes=(1, 1, 1, 1), roi_samples=16),
         width=0,  # the network's own
         batch_size=4,
-        train_examples=8,
+        train_examples=16,
         test_examples=1,
         eval_batch_size=8,
         optimizer="adamw",
