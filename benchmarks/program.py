@@ -24,8 +24,7 @@ VARIANTS = {
     "kalman": {"norm": "kalman"},
     "kalman_wc": {"norm": "kalman_wc"},
     "kalman_mc": {"norm": "kalman_mc"},
-    # Of what checkpoint does not matter here, and none is read.
-    "frozen_batch": {"norm": "frozen_batch", "init_from": "a checkpoint"},
+    "frozen_batch": {"norm": "frozen_batch"},
 }
 #: the blocks of a stage as one `nn.scan`
 VARIANTS["kalman_scan"] = {"norm": "kalman", "scan_blocks": True}
@@ -41,6 +40,7 @@ def configure(variant: str, **keys: Any) -> ConfigDict:
         raise ValueError(f"unknown variant {variant!r}; known are {list(VARIANTS)}.")
     base = coco_c4 if keys.get("network") in DETECTORS else cifar10_short
     config = base.get_config()
+    config.init_from = "a checkpoint"  # for the check: nothing here reads one
     config.update(keys)
     config.update(VARIANTS[variant])
     check(config)

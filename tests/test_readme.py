@@ -45,6 +45,14 @@ def test_the_guide(capsys):
     assert jnp.abs(output.mean).max() < 1 and jnp.abs(output.var - 1).max() < 1
 
 
+def test_fine_tuning():
+    names = run("docs/fine-tuning.md")
+    before, after = names["checkpoint"]["params"], names["params"]
+    chex.assert_trees_all_equal(after["conv0"], before["conv0"])
+    assert jnp.abs(after["conv1"]["kernel"] - before["conv1"]["kernel"]).max() > 1e-5
+    assert jnp.isfinite(names["value"])
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", *map(str, sorted(pathlib.Path("docs").rglob("*.md")))]
 )

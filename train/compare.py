@@ -30,7 +30,8 @@ _CONFIG = cli.define_config()
 _NORMS = flags.DEFINE_list(
     "norms",
     None,
-    f"Normalisers: {', '.join(NORMALIZERS)}; NAME_ws for weight-standardised kernels."
+    f"Normalisers: {', '.join(NORMALIZERS)}; with standardised kernels NAME_ws, with"
+    " centred ones NAME_wc."
     " batch@128 is run at that micro-batch size alone, whatever --micro_batch_sizes"
     " says. Default: the variants of the config, or batch,kalman if it has none.",
 )

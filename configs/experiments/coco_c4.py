@@ -1,7 +1,7 @@
 """Mask R-CNN of ResNet-50-C4 on COCO 2017, the paper's Table 6.
 
     python -m train --config=configs/experiments/coco_c4.py \\
-        --workdir=runs/coco --data_dir=DIR
+        --config.init_from=resnet50.safetensors --workdir=runs/coco --data_dir=DIR
 
 The paper says: ResNet-50 up to conv4, 256 regions an image, shorter side 800 and longer
 side 1333 at most, 280,000 updates. What it leaves out is here that of tensorpack's
@@ -11,8 +11,7 @@ batch norm, 37.7 / 32.5 for group norm, 37.8 / 33.1 for KN. tensorpack's frozen 
 norm with 512 regions and 360,000 updates has 37.8 / 33.2: what KN gains is the size of
 what a longer schedule gains, and one seed does not tell them apart.
 
-Fine-tunes a classifier: --config.init_from=resnet50.safetensors, see
-docs/fine-tuning.md. Not yet run: needs COCO and a GPU.
+Fine-tunes a classifier, see docs/fine-tuning.md. Not yet run: needs COCO and a GPU.
 """
 
 from ml_collections import ConfigDict

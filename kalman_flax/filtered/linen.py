@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from kalman_flax.filtered.marker import applying, bind
+from kalman_flax.layers.calibrated import warn_if_not_started
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.signal import Signal
 
@@ -53,6 +54,8 @@ def catcher(options: Mapping[str, Any], inference: bool) -> Callable[..., Any]:
         else:
             norm = as_kalman_norm(_attributes(module), options)
         norm = norm.clone(use_running_average=running)
+        if norm.calibrate is not None and not running:
+            warn_if_not_started(module.variables.get("batch_stats", {}))
         y, stats = bind(norm, "/".join(module.path), module.variables, x, mask)
         for name, value in stats.items():
             module.put_variable("batch_stats", name, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kalman_flax._filter.calibration import uncorrected
-from kalman_flax.layers.calibrated import NAMES
+from kalman_flax.layers.calibrated import NAMES, NotStarted
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import Signal, as_signal
@@ -66,7 +68,8 @@ def calibrate(
     for batch in batches:
         passes += 1
         given = {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
-        stats = traverse_util.flatten_dict(_written(apply(given, batch)))
+        with _starting():
+            stats = traverse_util.flatten_dict(_written(apply(given, batch)))
         for path in stats:
             if path[-1] in _COUNTS:
                 stats[path] = old.get(path, jnp.zeros_like(stats[path]))
@@ -134,7 +137,7 @@ def seed_calibration(
         seeded.extend(["/".join(module.path)] * predicted)
         return filtered
 
-    with _seeding(True), nn.intercept_methods(seed):
+    with _starting(), _seeding(True), nn.intercept_methods(seed):
         stats = _written(fn(variables, *args, **kwargs))
     if not seeded:
         raise ValueError(
@@ -146,6 +149,14 @@ def seed_calibration(
     written = traverse_util.flatten_dict(stats).items()
     flat |= {path: stat for path, stat in written if path[-1] in NAMES}
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Lets a pass add the corrections, which this module is for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotStarted)
+        yield
 
 
 def _seed(

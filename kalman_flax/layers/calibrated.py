@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -23,6 +24,23 @@ Change = Callable[[KalmanState], KalmanState]
 
 #: what a calibrated normaliser keeps in ``batch_stats``
 NAMES = Correction._fields
+
+
+class NotStarted(UserWarning):
+    """Calibration begins in the middle of training."""
+
+
+def warn_if_not_started(kept: Collection[str]) -> None:
+    """Warns where ``batch_stats`` hold no correction yet, and training will add it."""
+    if not set(NAMES) <= set(kept):
+        warnings.warn(
+            "calibrate is set, but the variables hold no corrections: this step adds"
+            " them, from its own micro-batch alone. Start them before training: from a"
+            " checkpoint by kalman_flax.seed_calibration, from scratch by"
+            " kalman_flax.calibrate.",
+            NotStarted,
+            stacklevel=2,
+        )
 
 
 class Calibrated:

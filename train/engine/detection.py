@@ -85,6 +85,13 @@ class Detection:
                 " empty: weight decay would move what has no gradient. Name the frozen"
                 ' parameters, say ("stem*", "stage1_*").'
             )
+        if getattr(network, "freeze_at", 0) and not config.init_from:
+            raise ValueError(
+                f"network_options.freeze_at is {network.freeze_at}, but init_from is"
+                " empty: the frozen layers would stay as they are drawn at random. Name"
+                " a pre-trained network by --config.init_from, see docs/fine-tuning.md,"
+                " or freeze nothing."
+            )
         for key, unused in _UNUSED.items():
             if config[key] != unused:
                 raise ValueError(

@@ -152,7 +152,8 @@ def labels(params: Any, patterns: tuple[str, ...]) -> Any:
         if not fnmatch.filter(paths, pattern):
             raise ValueError(
                 f"freeze has {pattern!r}, which matches no parameter; they are called"
-                f" {', '.join(paths[:3])} and so on."
+                f" {paths[0]} and so on, and lie in"
+                f" {', '.join(dict.fromkeys(path.split('/')[0] for path in paths))}."
             )
 
     def label(path: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from configs import base
 from kalman_flax._filter.state import check_choice
 from kalman_flax.baselines.flax_norms import FrozenBatchNorm
+from kalman_flax.registry import DETECTORS, NETWORKS, SEGMENTERS
 from train.engine import plugins
 from train.engine.classification import Classification
 from train.engine.detection import Detection
@@ -22,6 +23,12 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "detection": Detection,
+}
+#: by task
+_NETWORKS = {
+    "classification": NETWORKS,
+    "segmentation": SEGMENTERS,
+    "detection": DETECTORS,
 }
 
 
@@ -42,8 +49,20 @@ def check(config: Any) -> int:
             "classes and validation_examples are for the task classification, not for"
             f" {config.task!r}; leave them out."
         )
+    _check_network(config)
     task.check(config)
     return _side_by_side(config)
+
+
+def _check_network(config: Any) -> None:
+    """Refuses a network that is made for another task."""
+    for task, networks in _NETWORKS.items():
+        if config.network in networks and config.task in _NETWORKS.keys() - {task}:
+            raise ValueError(
+                f"network is {config.network!r}, which is for the task {task!r}; task"
+                f" is {config.task!r}, whose networks are"
+                f" {', '.join(_NETWORKS[config.task])}."
+            )
 
 
 def _check_frozen(config: Any) -> None:

@@ -204,6 +204,7 @@ def test_mirrored_images_are_those_of_a_mirrored_directory(tmp_path):
 @pytest.mark.parametrize("name", ["scenes_detection", "coco_c4", "coco_short"])
 def test_configs(name):
     config = importlib.import_module(f"configs.experiments.{name}").get_config()
+    config.init_from = "a checkpoint"
     assert settings.check(config) == config.batch_size == 8
     network = detector.make_detector(config, 80)
     assert type(network) is MaskRCNN and network.num_classes == 80
@@ -236,7 +237,7 @@ def test_options_are_of_the_network_or_of_its_recipe():
     "overrides, message",
     [
         (dict(dataset="digits"), r"dataset is 'digits'; expected one of .*'coco'"),
-        (dict(network="resnet50"), r"network is 'resnet50'; expected one of"),
+        (dict(network="resnet5"), r"network is 'resnet5'; expected one of"),
         (dict(crop_padding=4), r"crop_padding is 4, but task 'detection' does not"),
         (dict(sort_batches=True), "sort_batches is True, but task"),
         (
@@ -251,6 +252,19 @@ def test_options_are_of_the_network_or_of_its_recipe():
         (
             dict(network="mask_rcnn_small", network_options={"freeze_at": 2}),
             r"freeze_at is 2, but freeze is empty",
+        ),
+        (
+            dict(
+                network="mask_rcnn_small",
+                network_options={"freeze_at": 2},
+                freeze=("stem*",),
+            ),
+            r"freeze_at is 2, but init_from is empty",
+        ),
+        (
+            dict(network="unet_small"),
+            "'unet_small', which is for the task 'segmentation'; task is 'detection',"
+            " whose networks are mask_rcnn_c4",
         ),
         (
             dict(network_options={"rois": 3}),

@@ -192,11 +192,11 @@ def test_the_commands(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (dict(network="cifar_resnet"), "network is 'cifar_resnet'; expected one of"),
+        (dict(network="unet_tiny"), "network is 'unet_tiny'; expected one of"),
         (dict(dataset="digits"), "dataset is 'digits'; expected one of .'scenes', 'p"),
         (dict(dataset="pairs"), "dataset is 'pairs'; pass --data_dir=DIR"),
         (dict(sort_batches=True), "sort_batches is True, but an image has"),
-        (dict(task="classification"), "network is 'unet_small'; expected one of"),
+        (dict(task="classification"), "network is 'unet_small', which is for the task"),
     ],
 )
 def test_what_cannot_be(overrides, message):
