@@ -63,7 +63,7 @@ def _cell(measured: pd.DataFrame, which: dict[str, Any], column: dict[str, Any])
         if not there:
             return "-"
         which["study"] = there[0]
-    name, shown = column.get("column", ""), column["show"]
+    name, shown = column.get("column", ""), column.get("show")
 
     def text(value: float) -> str:
         return show(value, f"{{:,.{_digits(value, column)}f}}")
