@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from benchmarks.hlo import bytes_moved, bytes_of_kernels, count_fusions
-from benchmarks.program import BASELINE, VARIANTS, configure
+from benchmarks.program import BASELINE, SIZE, VARIANTS, configure
 from train import cli
 from train.analysis.speed import at_constant_rate, prepare
 from train.engine import workdir as wd
@@ -47,12 +47,7 @@ _NETWORK = flags.DEFINE_string(
     "network", "cifar_resnet", "Of kalman_flax.NETWORKS or kalman_flax.DETECTORS."
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 3, "n of cifar_resnet, of 6n + 2 layers.")
-_SIZE = flags.DEFINE_integer(
-    "size",
-    32,
-    "Height and width of the images. Of a detector's the height; the width is 5/3 of"
-    " it.",
-)
+_SIZE = flags.DEFINE_integer("size", 32, SIZE)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors of it.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")

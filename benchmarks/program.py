@@ -9,11 +9,14 @@ from ml_collections import ConfigDict
 
 from configs.experiments import cifar10_short, coco_c4
 from kalman_flax import DETECTORS
-from train.engine.classification import infer
+from train.engine import classification, detector
+from train.engine.detection import Detection
 from train.engine.settings import check
 from train.engine.step import TrainState
 
 BASELINE = "flax"
+#: the help of the flag
+SIZE = "Height and width of the images; a detector's are 5/3 as wide as high."
 VARIANTS = {
     # `nn.BatchNorm` as Flax has it, and with two centred passes for the variance.
     "flax": {"norm": "batch", "norm_options": {"use_fast_variance": True}},
@@ -47,11 +50,16 @@ def configure(variant: str, **keys: Any) -> ConfigDict:
     return config
 
 
-def compile_inference(network: Any, state: TrainState, images: jax.Array) -> Any:
-    """Compiles inference by moving statistics (option A)."""
+def compile_inference(task: Any, state: TrainState, batch: Any) -> Any:
+    """Compiles inference by moving statistics (option A), ``(state, batch) ->
+    outputs``; of the batch it takes the images."""
 
     @jax.jit
-    def serve(state: TrainState, images: jax.Array) -> jax.Array:
-        return infer(network, state.variables, images / 128.0 - 1.0)
+    def serve(state: TrainState, batch: Any) -> Any:
+        if isinstance(task, Detection):
+            inputs = detector.prepare(batch.canvases, task.standardize)
+            return detector.infer(task.network, state.variables, inputs)
+        images = task.standardize(batch.images)
+        return classification.infer(task.network, state.variables, images)
 
-    return serve.lower(state, images).compile()
+    return serve.lower(state, batch).compile()

@@ -5,6 +5,8 @@
         --networks=cifar_resnet,resnet32,small_inception \\
         --dtypes=float32,bfloat16 --workdir=runs/step
     python -m benchmarks.step --networks=resnet50 --size=224 --workdir=runs/step50
+    python -m benchmarks.step --networks=mask_rcnn_c4 --size=800 --batch_size=1 \\
+        --micro_batch_sizes=1 --variants=flax,frozen_batch,kalman --workdir=runs/c4
 
 Times the trainer's own step on random images, and inference by moving statistics, all
 normalisers and micro-batch sizes in turn in one process: on a busy machine ratios hold,
@@ -29,15 +31,23 @@ from ml_collections import ConfigDict
 
 from benchmarks import torch_step
 from benchmarks.hlo import bytes_moved, count_fusions
-from benchmarks.program import BASELINE, VARIANTS, compile_inference, configure
+from benchmarks.program import (
+    BASELINE,
+    SIZE,
+    VARIANTS,
+    compile_inference,
+    configure,
+)
 from train import cli
 from train.analysis.speed import Stepper, measure, prepare, ratio
 from train.engine import workdir as wd
 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
-_NETWORKS = flags.DEFINE_list("networks", "cifar_resnet", "Of kalman_flax.NETWORKS.")
+_NETWORKS = flags.DEFINE_list(
+    "networks", "cifar_resnet", "Of kalman_flax.NETWORKS or kalman_flax.DETECTORS."
+)
 _BLOCKS = flags.DEFINE_integer("blocks", 3, "n of cifar_resnet, of 6n + 2 layers.")
-_SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images.")
+_SIZE = flags.DEFINE_integer("size", 32, SIZE)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.")
 _MICRO_BATCH_SIZES = flags.DEFINE_list("micro_batch_sizes", "2,128", "Divisors of it.")
 _DTYPES = flags.DEFINE_list("dtypes", "float32", "Of float32, bfloat16.")
@@ -64,7 +74,7 @@ def compile_program(config: ConfigDict) -> Program:
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
 
-    inference = compile_inference(task.network, state, batch.images)
+    inference = compile_inference(task, state, batch)
     train = Stepper(compiled, state, batch)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     facts = {
@@ -76,7 +86,7 @@ def compile_program(config: ConfigDict) -> Program:
         "inference_flops": inference.cost_analysis()["flops"],
         "inference_fusions": count_fusions(inference.as_text()),
     }
-    return Program(train, lambda: inference(train.state, batch.images), facts)
+    return Program(train, lambda: inference(train.state, batch), facts)
 
 
 def compare(network: str, dtype: str, sizes: Sequence[int]) -> list[dict[str, Any]]:

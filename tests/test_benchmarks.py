@@ -91,7 +91,7 @@ def test_inference_is_the_program_of_batch_norm(dtype):
     def inference(variant):
         keys = dict(blocks_per_stage=1, micro_batch_size=64, dtype=dtype)
         task, _, state, batch = program(variant, **keys)
-        compiled = compile_inference(task.network, state, batch.images)
+        compiled = compile_inference(task, state, batch)
         return operations(compiled.as_text())
 
     assert inference("kalman") == inference("flax")
