@@ -80,7 +80,7 @@ def _detection(
     shape = scales(config)[0].canvas(1, 2)
     canvases = Canvases(
         random.integers(0, 256, (count, *shape, 3), np.uint8),
-        np.tile(np.int32([size, config.long_side]), (count, 1)),
+        np.tile(np.array([size, config.long_side], np.int32), (count, 1)),
     )
     objects = Objects.on(canvases, slots, MASK_SIZE)
     corner = random.uniform(0, size / 2, (count, slots, 2))
