@@ -16,6 +16,7 @@ first and the second, seed by seed. More keys, of a table or a column:
 - `show`, a key of `SHOWN`, and `digits`, the decimals;
 - `seeds`, a number of runs that needs no word: a cell of fewer or more says so;
 - `least`, how many runs a cell needs;
+- of a table, `metric`, what A is in the place of the accuracy: `test_moving_miou`;
 - of a table, `sort = "A"` puts the best first, `bold` marks the best of each ``"row"``
   or ``"column"``.
 
@@ -115,6 +116,9 @@ def render(table: dict[str, Any], runs: pd.DataFrame) -> str:
     Raises:
         ValueError: no run fits a row.
     """
+    if "metric" in table:
+        moving, batch = options(table["metric"])
+        runs = runs.assign(**{OPTION_A: runs[moving], OPTION_B: runs[batch]})
     columns = [table | column for column in table["columns"]]
     names, found = [], []
     for row in table["rows"]:

@@ -70,6 +70,17 @@ def test_the_best_stands_first_and_is_marked():
     ]
 
 
+def test_a_table_may_be_of_another_metric():
+    runs = RUNS.assign(test_moving_miou=0.25, test_batch_miou=0.125)
+    table = dict(
+        head=[""],
+        metric="test_moving_miou",
+        columns=[{"head": "", "show": "A / B"}],
+        rows=[["BN", {"norm": "batch", "micro_batch_size": 2}]],
+    )
+    assert "25.0 / 12.5" in tables.render(table, runs)
+
+
 def test_differences_are_taken_seed_by_seed():
     _, _, (_, cell) = rendered(
         head=[""],
