@@ -1,4 +1,4 @@
-"""Study: U-Net on digit scenes, each normaliser at three learning rates, 3 seeds.
+"""Study: U-Net on digit scenes, each normaliser at four learning rates, 3 seeds.
 
     python -m train.compare --config=configs/studies/segmentation.py --seeds=3 \\
         --workdir=runs/segmentation
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs.experiments import scenes_segmentation
 from configs.studies.micro_batch_sizes import ramp
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03)
 #: normaliser and micro-batch size
 ENTRIES = (
     ("batch", 1),
