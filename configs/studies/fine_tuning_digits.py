@@ -4,8 +4,8 @@
         --seeds=3 --micro_batch_sizes=1 --workdir=runs/fine_tuning_digits
 
 Starts from the same pre-training on CIFAR-10 as configs/studies/fine_tuning.py, which
-says how to make it, and has the same variants. Rates are chosen on 300 training images
-that no update sees.
+says how to make it, and has the same variants, in 640 updates: after 160 nobody has
+learned a digit. Rates are chosen on 300 training images that no update sees.
 """
 
 from ml_collections import ConfigDict
@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
     config.flip = False  # a mirrored digit is none
     config.train_examples = 1_200
     config.validation_examples = 300
+    config.total_steps = 640
     return config
