@@ -5,7 +5,7 @@ download.
         --workdir=runs/scenes
 
 2,000 updates of 8 scenes of 64 x 64. Nobody ran all of them. Optimiser and rate are
-those by which one block a stage learned 8 scenes by heart, see `docs/detection.md`. By
+those by which one block a stage learned 16 scenes by heart, see `docs/detection.md`. By
 SGD (rate 0.02) gradients had norms of 5 to 6, which `clip_norm` cut to 1: after 20
 updates the masks' loss was 0.691, where it starts at 0.693.
 """

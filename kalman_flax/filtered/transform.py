@@ -27,6 +27,7 @@ from kalman_flax.filtered.kernels import (
 from kalman_flax.filtered.linen import catcher
 from kalman_flax.filtered.nested import normalizers
 from kalman_flax.filtered.nnx import functional
+from kalman_flax.layers.calibrated import not_training
 from kalman_flax.layers.kalman_norm import KalmanNorm
 
 #: part of the key of jax.jit's caches, so that no function that was traced with caught
@@ -122,7 +123,8 @@ class FilteredFunction:
 
     def explain_call(self, args: Any, kwargs: Any) -> list[Row]:
         """The rows of `kalman_flax.explain`."""
-        traced = self._trace(args, kwargs)
+        with not_training():
+            traced = self._trace(args, kwargs)
         rows: list[Row] = []
 
         def run(values: Sequence[jax.Array]) -> list[Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kalman_flax._filter.calibration import uncorrected
-from kalman_flax.layers.calibrated import NAMES, NotStarted
+from kalman_flax.layers.calibrated import NAMES, not_training
 from kalman_flax.layers.kalman_norm import KalmanNorm
 from kalman_flax.layers.normalizer import Filtered
 from kalman_flax.layers.signal import Signal, as_signal
@@ -68,7 +66,7 @@ def calibrate(
     for batch in batches:
         passes += 1
         given = {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
-        with _starting():
+        with not_training():
             stats = traverse_util.flatten_dict(_written(apply(given, batch)))
         for path in stats:
             if path[-1] in _COUNTS:
@@ -137,7 +135,7 @@ def seed_calibration(
         seeded.extend(["/".join(module.path)] * predicted)
         return filtered
 
-    with _starting(), _seeding(True), nn.intercept_methods(seed):
+    with not_training(), _seeding(True), nn.intercept_methods(seed):
         stats = _written(fn(variables, *args, **kwargs))
     if not seeded:
         raise ValueError(
@@ -149,14 +147,6 @@ def seed_calibration(
     written = traverse_util.flatten_dict(stats).items()
     flat |= {path: stat for path, stat in written if path[-1] in NAMES}
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
-
-
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """Lets a pass add the corrections, which this module is for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotStarted)
-        yield
 
 
 def _seed(

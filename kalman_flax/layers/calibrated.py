@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -41,6 +42,14 @@ def warn_if_not_started(kept: Collection[str]) -> None:
             NotStarted,
             stacklevel=2,
         )
+
+
+@contextlib.contextmanager
+def not_training() -> Iterator[None]:
+    """Silences `NotStarted` for a pass that starts corrections, or only looks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotStarted)
+        yield
 
 
 class Calibrated:

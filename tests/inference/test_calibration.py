@@ -1,5 +1,7 @@
 """Statistics set before the first update: by passes, and from a checkpoint."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -97,7 +99,12 @@ def test_a_plain_flax_model():
     def step(variables):
         return apply(variables, IMAGES, **TRAIN)
 
-    variables = kf.seed_calibration(step, checkpoint)
+    with warnings.catch_warnings():  # nothing to say to who starts it, or only looks
+        warnings.simplefilter("error", UserWarning)
+        kf.explain(apply, checkpoint, IMAGES, **TRAIN)
+        kf.calibrate(lambda v, x: apply(v, x, **TRAIN), checkpoint, [IMAGES])
+        variables = kf.seed_calibration(step, checkpoint)
+        step(variables)
     expected = jax.jit(model.apply, static_argnums=2)(checkpoint, IMAGES, False)
     np.testing.assert_allclose(step(variables)[0], expected, atol=1e-4)
     with pytest.warns(UserWarning, match="hold no corrections: this step adds"):

@@ -71,12 +71,12 @@ def _classification(
 
 
 def _detection(
-    config: ConfigDict, mesh: Mesh, size: int, num_classes: int, slots: int = 20
+    config: ConfigDict, mesh: Mesh, size: int, num_classes: int
 ) -> tuple[Detection, Objects[np.ndarray]]:
-    """Images as large as they come, so many objects on each."""
+    """Images as large as they come, 20 objects on each."""
     config = copy.deepcopy(config)
     config.short_side, config.long_side = size, size * 5 // 3
-    random, count = np.random.default_rng(0), config.batch_size
+    random, count, slots = np.random.default_rng(0), config.batch_size, 20
     shape = scales(config)[0].canvas(1, 2)
     canvases = Canvases(
         random.integers(0, 256, (count, *shape, 3), np.uint8),
